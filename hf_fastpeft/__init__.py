@@ -1,0 +1,53 @@
+"""Fused, exact, reversible fine-tuning for stock Trainer, TRL and PEFT.
+
+Importing registers this package's adapter methods with PEFT and does nothing else; names below load on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from hf_fastpeft import tuners as _tuners  # registers the methods with PEFT
+from hf_fastpeft._version import __version__
+
+_tuners.register()
+
+_EXPORTS = {
+    "FastPeftCallback": "hf_fastpeft.callbacks.fastpeft",
+    "Patched": "hf_fastpeft.patching",
+    "RunConfig": "hf_fastpeft.config",
+    "SoraCallback": "hf_fastpeft.callbacks.sora",
+    "SoraConfig": "hf_fastpeft.tuners.sora",
+    "export_to_lora": "hf_fastpeft.export",
+    "load_adapter": "hf_fastpeft.loading",
+    "patch_model": "hf_fastpeft.patching",
+    "register_family": "hf_fastpeft.patching",
+    "train": "hf_fastpeft.runner",
+    "verify": "hf_fastpeft.verification",
+}
+
+__all__ = [  # noqa: F822  resolved by __getattr__
+    "FastPeftCallback",
+    "Patched",
+    "RunConfig",
+    "SoraCallback",
+    "SoraConfig",
+    "__version__",
+    "export_to_lora",
+    "load_adapter",
+    "patch_model",
+    "register_family",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'hf_fastpeft' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,22 @@
+"""All tolerances of the suite. The error of a fused path is bounded by plain torch's own error at that dtype."""
+
+import torch
+
+FLOAT64_REL = 1e-10  # patched against stock in float64: only the order of additions differs
+
+
+def rel_err(got: torch.Tensor, want: torch.Tensor) -> float:
+    """``||got - want|| / ||want||`` in float64."""
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_no_worse(
+    name: str, got: torch.Tensor, same_dtype: torch.Tensor, ref64: torch.Tensor, factor: float = 2.0
+) -> None:
+    """``got`` is finite and at most ``factor`` times as far from ``ref64`` as plain torch at the same dtype, plus eps."""
+    assert torch.isfinite(got).all(), f"{name}: non-finite values"
+    err, base = rel_err(got, ref64), rel_err(same_dtype, ref64)
+    floor = torch.finfo(got.dtype).eps
+    assert err <= factor * base + floor, (
+        f"{name}: relative error {err:.2e}; plain torch at {got.dtype} has {base:.2e}, eps {floor:.1e}"
+    )

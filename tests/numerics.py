@@ -13,7 +13,7 @@ def rel_err(got: torch.Tensor, want: torch.Tensor) -> float:
 def assert_no_worse(
     name: str, got: torch.Tensor, same_dtype: torch.Tensor, ref64: torch.Tensor, factor: float = 2.0
 ) -> None:
-    """``got`` is finite and at most ``factor`` times as far from ``ref64`` as plain torch at the same dtype, plus eps."""
+    """``got`` is finite and at most ``factor`` times as far from ``ref64`` as plain torch at its dtype, plus eps."""
     assert torch.isfinite(got).all(), f"{name}: non-finite values"
     err, base = rel_err(got, ref64), rel_err(same_dtype, ref64)
     floor = torch.finfo(got.dtype).eps

@@ -1,5 +1,20 @@
 """Adapter methods that register with PEFT."""
 
+from typing import Any
+
+__all__ = ["methods", "register"]
+
+
+def methods() -> dict[str, tuple[Any, Any]]:
+    """Every method of this package: ``peft_type`` -> (configuration class, tuner class)."""
+    from hf_fastpeft.tuners.sora import SoraConfig, SoraModel
+
+    return {"SORA": (SoraConfig, SoraModel)}
+
 
 def register() -> None:
     """Register every method of this package with PEFT; calling it again changes nothing."""
+    from hf_fastpeft.tuners._peft import add_peft_type, register_method
+
+    for name, (config_cls, model_cls) in methods().items():
+        register_method(add_peft_type(name), config_cls, model_cls)

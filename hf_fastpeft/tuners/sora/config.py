@@ -1,0 +1,144 @@
+"""Configuration of SoRA, sparse low-rank adaptation (Ding et al. 2023, arXiv 2311.11696)."""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig
+
+from hf_fastpeft.tuners._peft import add_peft_type
+
+__all__ = ["SoraConfig"]
+
+_INITS = (True, False, "gaussian", "orthogonal")
+_CARD_HEADING = "## Loading this SoRA adapter"
+_CARD = f"""{_CARD_HEADING}
+
+SoRA is not part of PEFT. Import the package that provides it first; `PeftModel.from_pretrained` raises
+`KeyError: 'SORA'` without it.
+
+```python
+import hf_fastpeft
+
+model = hf_fastpeft.load_adapter("path/to/this/folder")
+```
+
+To serve the adapter where `hf_fastpeft` is not installed, write it as plain LoRA (the gates fold into the matrices):
+
+```python
+hf_fastpeft.export_to_lora(model, "path/to/plain-lora")
+```
+"""
+
+
+@dataclass
+class SoraConfig(LoraConfig):
+    """LoRA whose ranks carry a trainable gate, pruned by a proximal step after the optimizer's step.
+
+    Needs ``hf_fastpeft.SoraCallback`` in the trainer: without it gates train and none is pruned. Every other field is
+    ``peft.LoraConfig``'s; ``r`` is the rank to start from, so take it larger than the rank you want to keep.
+
+    Args:
+        sparse_lambda: pressure on the gates, in units of the learning rate; each step moves a gate towards zero by
+            ``lr * sparse_lambda * gate_scale``. Under Adam, whose own step is at most about ``lr``, values in (0, 1)
+            select: near 0 nothing dies, at 1 and above everything does. Default 0.5 (ours: the paper gives a raw
+            threshold, which a decaying learning rate turns into a cliff). Unused with ``target_r``.
+        gate_scale: fixed factor ``s`` in ``g = s * gamma``; ``gamma`` is trained. Under Adam it acts as a learning rate
+            ``s`` times larger for the gates, without which no usual schedule moves them far enough. Default 50 (ours).
+        gate_init: ``"ones"`` starts as LoRA does (default, ours); ``"randn"`` draws ``g`` from N(0, 1) (paper).
+        warmup_ratio: fraction of all steps before the first pruning: gates have no gradient while B is zero.
+        settle_ratio: fraction of all steps, at the end, without pruning; ranks that are gone by then stay gone.
+        target_r: mean rank kept per layer at the end of pruning; ranks then compete over all layers by ``|g|`` for a
+            budget that falls from all ranks to this one (cubic schedule of AdaLoRA, arXiv 2303.10512, eq. 13).
+            None: fixed ``sparse_lambda``.
+        min_rank: ranks per layer that are never pruned, the largest ``|g|`` of each layer.
+        kept_ranks: layer path -> ranks left; written when the adapter is saved, never read.
+
+    Raises:
+        ValueError: a value out of range, or a LoRA variant that has no gated form; all mistakes in one message.
+    """
+
+    sparse_lambda: float = field(default=0.5, metadata={"help": "pressure on the gates in units of the lr; (0, 1)"})
+    gate_scale: float = field(default=50.0, metadata={"help": "fixed factor between the gate and what is trained"})
+    gate_init: Literal["ones", "randn"] = field(default="ones", metadata={"help": "'ones' or 'randn'"})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "fraction of steps before pruning starts"})
+    settle_ratio: float = field(default=0.1, metadata={"help": "fraction of steps at the end without pruning"})
+    target_r: float | None = field(default=None, metadata={"help": "mean kept rank aimed at; None: sparse_lambda"})
+    min_rank: int = field(default=0, metadata={"help": "ranks of each layer that are never pruned"})
+    kept_ranks: dict[str, int] | None = field(default=None, metadata={"help": "ranks left; written at save"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("SORA")
+        wrong = [*self._wrong_values(), *self._wrong_variants()]
+        if wrong:
+            raise ValueError("SoraConfig: " + "; ".join(wrong))
+
+    def _wrong_values(self) -> list[str]:
+        wrong = []
+
+        def check(name: str, ok: Any, possible: str) -> None:
+            value = getattr(self, name)
+            try:
+                good = bool(ok(value))
+            except TypeError:
+                good = False
+            if not good:
+                wrong.append(f"{name}={value!r}: {possible}")
+
+        ranks = [self.r, *(self.rank_pattern or {}).values()]
+        check("r", lambda v: _is_int(v) and v > 0, "possible: an integer above 0")
+        check("rank_pattern", lambda v: all(_is_int(n) and n > 0 for n in (v or {}).values()), "ranks are above 0")
+        check("sparse_lambda", lambda v: 0 <= v < math.inf, "possible: a number from 0, useful in (0, 1)")
+        check("gate_scale", lambda v: 0 < v < math.inf, "possible: a number above 0")
+        check("gate_init", lambda v: v in ("ones", "randn"), "possible: 'ones', 'randn'")
+        check("warmup_ratio", lambda v: 0 <= v < 1, "possible: a fraction in [0, 1)")
+        check("settle_ratio", lambda v: 0 <= v < 1, "possible: a fraction in [0, 1)")
+        if not wrong and self.warmup_ratio + self.settle_ratio >= 1:
+            wrong.append(
+                f"warmup_ratio={self.warmup_ratio!r} and settle_ratio={self.settle_ratio!r}: no step is left to prune "
+                "in; their sum must be below 1"
+            )
+        if not wrong:
+            top = max(ranks)
+            check("min_rank", lambda v: _is_int(v) and 0 <= v <= top, f"possible: an integer from 0 to r={top}")
+        if not wrong and self.target_r is not None:
+            check("target_r", lambda v: 0 < v <= top, f"possible: a number above 0, at most r={top}, or None")
+        if not wrong and self.target_r is not None and self.min_rank > self.target_r:
+            wrong.append(f"min_rank={self.min_rank!r}: above target_r={self.target_r!r}")
+        return wrong
+
+    def _wrong_variants(self) -> list[str]:
+        wrong = [
+            f"{f.name}={getattr(self, f.name)!r}: this LoRA variant has no gated form; leave it at its default"
+            for f in fields(LoraConfig)
+            if f.metadata.get("is_lora_variant") and getattr(self, f.name)
+        ]
+        if self.init_lora_weights not in _INITS:
+            wrong.append(
+                f"init_lora_weights={self.init_lora_weights!r}: changes the base weights or freezes a factor; "
+                f"possible: {', '.join(map(repr, _INITS))}"
+            )
+        if self.bias != "none" or self.lora_bias:
+            wrong.append(
+                f"bias={self.bias!r}, lora_bias={self.lora_bias!r}: a bias is not gated, so a pruned layer would keep "
+                "it; possible: bias='none', lora_bias=False"
+            )
+        if self.use_qalora or self.megatron_config:
+            wrong.append("use_qalora, megatron_config: no gated layer; leave them at their defaults")
+        if self.target_parameters:
+            wrong.append(f"target_parameters={self.target_parameters!r}: only linear layers; use target_modules")
+        return wrong
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and say in the folder's model card what loading the adapter takes."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if _CARD_HEADING not in text:
+            card.write_text(f"{text.rstrip()}\n\n{_CARD}".lstrip(), encoding="utf-8")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -44,8 +44,9 @@ class SoraConfig(LoraConfig):
             ``lr * sparse_lambda * gate_scale``. Under Adam, whose own step is at most about ``lr``, values in (0, 1)
             select: near 0 nothing dies, at 1 and above everything does. Default 0.5 (ours: the paper gives a raw
             threshold, which a decaying learning rate turns into a cliff). Unused with ``target_r``.
-        gate_scale: fixed factor ``s`` in ``g = s * gamma``; ``gamma`` is trained. Under Adam it acts as a learning rate
-            ``s`` times larger for the gates, without which no usual schedule moves them far enough. Default 50 (ours).
+        gate_scale: fixed factor ``s`` in ``g = s * gamma``, of which ``gamma`` is trained. Under Adam it acts as a
+            learning rate ``s`` times larger for the gates, without which no usual schedule moves them far enough.
+            Default 50 (ours).
         gate_init: ``"ones"`` starts as LoRA does (default, ours); ``"randn"`` draws ``g`` from N(0, 1) (paper).
         warmup_ratio: fraction of all steps before the first pruning: gates have no gradient while B is zero.
         settle_ratio: fraction of all steps, at the end, without pruning; ranks that are gone by then stay gone.

@@ -61,7 +61,7 @@ class SoraGate(nn.Module):
             new = fn(t)
             return t.to(device=new.device, dtype=torch.float32) if new.dtype in _HALF else new
 
-        return cast("SoraGate", super()._apply(keep_float32, recurse))
+        return cast("SoraGate", super()._apply(keep_float32, recurse))  # type: ignore[no-untyped-call]  # nn.Module
 
     def forward(self) -> torch.Tensor:
         """Effective gate ``g``, shape ``(r,)``, float32 or wider."""
@@ -86,11 +86,17 @@ class GatedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         runtime = self.gate.runtime
-        if self.training and not runtime.pruned_by_callback and not torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and self.gate.weight.requires_grad:
-                runtime.warn()
+        if (
+            self.training
+            and not runtime.pruned_by_callback
+            and not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and self.gate.weight.requires_grad
+        ):
+            runtime.warn()
         p = F.linear(input, self.weight)
-        return p * self.gate().to(p.dtype)
+        g: torch.Tensor = self.gate()  # through __call__: wrappers such as FSDP gather the weight there
+        return p * g.to(p.dtype)
 
 
 class SoraLayer:
@@ -120,14 +126,15 @@ class SoraLayer:
 
     def gate_values(self, adapter_name: str = "default") -> torch.Tensor:
         """Effective gates ``g`` of an adapter: float32, shape ``(r,)``, detached."""
-        return self._gated(adapter_name).gate().detach().float()
+        g: torch.Tensor = self._gated(adapter_name).gate()
+        return g.detach().float()
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Weight change of an adapter, shape of the base weight, dtype of B; products at least in float32."""
         a, b = self._gated(adapter), cast(nn.Linear, self.lora_B[adapter])
         dtype = _at_least_float32(b.weight.dtype)
-        g = a.gate().to(b.weight.device, dtype) * self.scaling[adapter]
-        delta = (b.weight.to(dtype) * g) @ a.weight.to(dtype)
+        g: torch.Tensor = a.gate()
+        delta = (b.weight.to(dtype) * (g.to(b.weight.device, dtype) * self.scaling[adapter])) @ a.weight.to(dtype)
         return (delta.T if self.fan_in_fan_out else delta).to(b.weight.dtype)
 
     def _gated(self, adapter_name: str) -> GatedLinear:

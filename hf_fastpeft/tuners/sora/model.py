@@ -120,5 +120,5 @@ def _gated_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     from hf_fastpeft.tuners.sora import bnb
 
-    gated = {"Linear4bit": bnb.SoraLinear4bit, "Linear8bitLt": bnb.SoraLinear8bitLt}
+    gated: dict[str, type[nn.Module]] = {"Linear4bit": bnb.SoraLinear4bit, "Linear8bitLt": bnb.SoraLinear8bitLt}
     return gated.get(type(module).__name__)

@@ -1,0 +1,351 @@
+"""Prunes SoRA's gates in a Trainer run, after the optimizer's step (arXiv 2311.11696, section 3.2)."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_fastpeft.callbacks._decay import DecayExemption
+from hf_fastpeft.errors import AdapterError
+from hf_fastpeft.tuners.sora.layer import GatedLinear, SoraLayer, SoraRuntime
+from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, rank_budget, soft_threshold_
+
+__all__ = ["STATE_FILE", "SoraCallback"]
+
+STATE_FILE = "sora_state.json"
+_STATE_FORMAT = 1
+_HALF = (torch.float16, torch.bfloat16)
+_MAX_SCHEDULE_SAMPLES = 2000
+
+
+@dataclass
+class _Adapter:
+    """The gates of one active adapter, in the order of the model's modules."""
+
+    name: str
+    runtime: SoraRuntime
+    paths: list[str] = field(default_factory=list)
+    gates: list[nn.Parameter] = field(default_factory=list)
+    matrices: list[nn.Parameter] = field(default_factory=list)
+    by_group: dict[int, list[nn.Parameter]] = field(default_factory=dict)  # index of the optimizer's group
+    window: PruneWindow = field(default_factory=lambda: PruneWindow(0, 0))
+    alive: list[torch.Tensor] | None = None  # set when the settling phase begins
+
+    def local_gates(self) -> list[torch.Tensor]:
+        return [_local(gate) for gate in self.gates]
+
+    @property
+    def target(self) -> int | None:
+        target_r = self.runtime.config.target_r
+        return None if target_r is None else max(round(target_r * len(self.gates)), 1)
+
+
+class SoraCallback(TrainerCallback):
+    """Prunes the active SoRA adapters of the model that a Trainer trains.
+
+    Pass it to the trainer's constructor: ``Trainer(..., callbacks=[SoraCallback()])``. Its settings are those of each
+    adapter's ``SoraConfig``. Each step it takes the learning rate that the optimizer has just used for the gates, and
+    lowers them by ``lr * sparse_lambda`` (in units of ``gamma``), or zeroes the smallest ones down to the rank budget
+    if ``target_r`` is given. Steps that the optimizer skipped, and steps outside the pruning window, change nothing;
+    in the settling phase zero gates are held at zero. Weight decay never reaches the gates.
+
+    A resumed run equals a straight one bit for bit. Checkpoints carry ``sora_state.json`` (window and history).
+
+    Attributes:
+        history: ``(step, {layer path: ranks left})`` at every logging step. Training logs and
+            ``trainer.state.log_history`` get ``sora/kept_rank``, the mean over layers.
+
+    Raises:
+        RuntimeError: on train begin, under DeepSpeed, whose optimizer keeps its own copy of the gates; for gates that
+            the optimizer does not hold; for sharded gates with ``target_r`` or ``min_rank``.
+        AdapterError: on train begin, the checkpoint's ``sora_state.json`` cannot be read.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, dict[str, int]]] = []
+        self._adapters: list[_Adapter] = []
+        self._exemption: DecayExemption | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # TRL has by now cast what trains to bfloat16; the optimizer is created later and sees float32 gates.
+        if model is not None:
+            for adapter in _active_adapters(model):
+                _restore_float32(adapter, optimizer=None)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._release()
+        self.history = []
+        self._adapters = _active_adapters(model)
+        if not self._adapters:
+            warnings.warn(
+                "SoraCallback: the model has no trainable SoRA layer, so nothing is pruned. Give the trainer a "
+                "SoraConfig, activate the adapter, or drop the callback.",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        _refuse_deepspeed(args, optimizer)
+        for adapter in self._adapters:
+            if _restore_float32(adapter, optimizer) and state.global_step > 0:
+                warnings.warn(
+                    "SoraCallback: the gates were loaded in half precision and have lost digits. Pass the callback to "
+                    "the trainer's constructor instead of add_callback.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            _refuse_shards(adapter)
+            adapter.window = PruneWindow.of(adapter.runtime.config, state.max_steps)
+            group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            _assign_groups(adapter, group_of)
+            if state.global_step == 0:
+                _warn_about_schedule(adapter, optimizer, lr_scheduler, group_of)
+            adapter.runtime.pruned_by_callback = True
+        gates = [gate for adapter in self._adapters for gate in adapter.gates]
+        self._exemption = DecayExemption.install(optimizer, gates)
+        if state.global_step > 0:
+            self._load_state(args, state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for adapter in self._adapters:
+            pruned = adapter.window.first < adapter.window.end
+            if adapter.alive is None and pruned and state.global_step >= adapter.window.end:
+                adapter.alive = [(gate != 0).to(gate.dtype) for gate in adapter.local_gates()]
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if getattr(optimizer, "step_was_skipped", False):
+            return
+        for adapter in self._adapters:
+            _prune(adapter, state.global_step, optimizer.param_groups)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not self._adapters or not ("loss" in logs or "train_runtime" in logs):
+            return
+        kept = _count(self._adapters)
+        if not self.history or self.history[-1][0] != state.global_step:
+            self.history.append((state.global_step, kept))
+        values = {"sora/kept_rank": sum(kept.values()) / len(kept)}
+        logs.update(values)
+        # Trainer.log files a copy of the logs before it calls callbacks.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._adapters and state.is_world_process_zero and folder.is_dir():
+            content = {
+                "format": _STATE_FORMAT,
+                "step": state.global_step,
+                "windows": {a.name: [a.window.first, a.window.end] for a in self._adapters},
+                "history": self.history,
+            }
+            (folder / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._exemption is not None:
+            self._exemption.remove()
+            self._exemption = None
+        for adapter in self._adapters:
+            adapter.runtime.pruned_by_callback = False
+        self._adapters = []
+
+    def _load_state(self, args: Any, state: Any) -> None:
+        """History and window of the checkpoint; the gates themselves are in the adapter's own file."""
+        asked = getattr(args, "resume_from_checkpoint", None)
+        folders = [Path(asked)] if isinstance(asked, str) else []
+        folders.append(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        file = next((f / STATE_FILE for f in folders if (f / STATE_FILE).is_file()), None)
+        if file is None:
+            return
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found = (content["format"], content["step"])
+            history = [(int(step), {str(k): int(v) for k, v in kept.items()}) for step, kept in content["history"]]
+            windows = {name: PruneWindow(*window) for name, window in content["windows"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(f"resume from {str(file)!r}: not a SoRA state file ({error!r})") from error
+        if found != (_STATE_FORMAT, state.global_step):
+            raise AdapterError(
+                f"resume from {str(file)!r}: found format and step {found}; possible: "
+                f"{(_STATE_FORMAT, state.global_step)}. The folder mixes files of different checkpoints."
+            )
+        for adapter in self._adapters:
+            before = windows.get(adapter.name, adapter.window)
+            if before != adapter.window:
+                warnings.warn(
+                    f"SoraCallback: adapter {adapter.name!r} was pruned in steps {before.first} to {before.end} "
+                    f"before, and now in {adapter.window.first} to {adapter.window.end}: the number of steps or the "
+                    "ratios changed, so the run is not the one that was interrupted.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        self.history = history
+
+
+def _prune(adapter: _Adapter, step: int, param_groups: list[dict[str, Any]]) -> None:
+    if adapter.alive is not None:
+        torch._foreach_mul_(adapter.local_gates(), adapter.alive)
+        return
+    if not adapter.window.first <= step < adapter.window.end:
+        return
+    config = adapter.runtime.config
+    if adapter.target is not None:
+        gates = adapter.local_gates()
+        total = sum(gate.numel() for gate in gates)
+        budget = rank_budget(step, adapter.window, total=total, target=adapter.target)
+        keep_largest_(gates, budget, min_rank=config.min_rank)
+        return
+    for index, members in adapter.by_group.items():
+        threshold = param_groups[index]["lr"] * config.sparse_lambda
+        soft_threshold_([_local(gate) for gate in members], threshold, min_rank=config.min_rank)
+
+
+def _active_adapters(model: nn.Module) -> list[_Adapter]:
+    found: dict[str, _Adapter] = {}
+    for path, layer in _sora_layers(model):
+        active: list[str] = layer.active_adapters  # type: ignore[attr-defined]  # from PEFT's layer
+        for name in active:
+            gated = dict(layer.lora_A.items()).get(name)
+            if not isinstance(gated, GatedLinear) or not gated.gate.weight.requires_grad:
+                continue
+            adapter = found.setdefault(name, _Adapter(name, gated.gate.runtime))
+            adapter.paths.append(path.removeprefix("base_model.model."))
+            adapter.gates.append(gated.gate.weight)
+            adapter.matrices += [gated.weight, layer.lora_B[name].weight]  # type: ignore[list-item]  # nn.Linear
+    return list(found.values())
+
+
+def _sora_layers(model: nn.Module) -> Iterator[tuple[str, SoraLayer]]:
+    # By class over all modules: transformers' add_adapter gives no PeftModel to ask.
+    for path, module in model.named_modules():
+        if isinstance(module, SoraLayer):
+            yield path, module
+
+
+def _local(t: torch.Tensor) -> torch.Tensor:
+    shard: torch.Tensor = t.to_local() if hasattr(t, "to_local") else t.data
+    return shard
+
+
+def _count(adapters: list[_Adapter]) -> dict[str, int]:
+    """Ranks left per layer; one host synchronisation."""
+    names, counts = [], []
+    for adapter in adapters:
+        for path, gate in zip(adapter.paths, adapter.gates, strict=True):
+            whole = gate.full_tensor() if hasattr(gate, "full_tensor") else gate
+            names.append(path if len(adapters) == 1 else f"{adapter.name}/{path}")
+            counts.append(torch.count_nonzero(whole.detach()).to(adapters[0].gates[0].device, non_blocking=True))
+    return dict(zip(names, torch.stack(counts).tolist(), strict=True))
+
+
+def _restore_float32(adapter: _Adapter, optimizer: Any) -> bool:
+    """Gates and their optimizer state back in float32, in the same Parameter objects; True if any was not."""
+    half = [gate for gate in adapter.gates if gate.dtype in _HALF]
+    for gate in half:
+        gate.data = gate.data.float()
+        state = optimizer.state.get(gate, {}) if optimizer is not None else {}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dtype in _HALF:
+                state[key] = value.float()
+    return bool(half)
+
+
+def _refuse_deepspeed(args: Any, optimizer: Any) -> None:
+    if getattr(args, "deepspeed", None) or "DeepSpeed" in type(optimizer).__name__:
+        raise RuntimeError(
+            "SoraCallback under DeepSpeed: its engine steps inside backward and overwrites the gates from its own "
+            "float32 copy, so nothing would stay pruned; possible: DDP or FSDP2."
+        )
+
+
+def _refuse_shards(adapter: _Adapter) -> None:
+    config = adapter.runtime.config
+    sharded = any(hasattr(gate, "to_local") for gate in adapter.gates)
+    if sharded and (config.target_r is not None or config.min_rank):
+        raise RuntimeError(
+            f"SoraCallback: the gates of adapter {adapter.name!r} are sharded (FSDP2) with "
+            f"target_r={config.target_r!r}, min_rank={config.min_rank!r}: ranks cannot be compared across shards; "
+            "possible: sparse_lambda with target_r=None and min_rank=0, or DDP."
+        )
+
+
+def _assign_groups(adapter: _Adapter, group_of: dict[int, int]) -> None:
+    missing = [p for p, gate in zip(adapter.paths, adapter.gates, strict=True) if id(gate) not in group_of]
+    if missing:
+        raise RuntimeError(
+            f"SoraCallback: the optimizer does not hold the gates of {len(missing)} layers, {missing[0]!r} first; "
+            "create it from the parameters of the model with its adapters in place."
+        )
+    adapter.by_group = {}
+    for gate in adapter.gates:
+        adapter.by_group.setdefault(group_of[id(gate)], []).append(gate)
+
+
+def _warn_about_schedule(adapter: _Adapter, optimizer: Any, lr_scheduler: Any, group_of: dict[int, int]) -> None:
+    """Tell a run that cannot prune, or that must prune everything, before it starts."""
+    config = adapter.runtime.config
+    if adapter.target is not None:
+        return
+    decays = {
+        optimizer.param_groups[group_of[id(p)]].get("weight_decay", 0.0) for p in adapter.matrices if id(p) in group_of
+    }
+    if not any(decays):
+        warnings.warn(
+            "SoraCallback: no weight decay on A and B: they can grow while their gates shrink, which evades the "
+            "pruning. Set weight_decay in the training arguments (0.01 to 0.1); it does not act on the gates.",
+            UserWarning,
+            stacklevel=3,
+        )
+    sums = [_sum_lr(lr_scheduler, index, adapter.window) for index in adapter.by_group]
+    if any(total is None for total in sums):
+        return
+    sum_lr = max(total for total in sums if total is not None)
+    sizes = torch.cat([gate.abs().to("cpu") for gate in adapter.local_gates()]) * config.gate_scale
+    reach = config.sparse_lambda * config.gate_scale * sum_lr
+    asked = (
+        f"sparse_lambda={config.sparse_lambda:g}, gate_scale={config.gate_scale:g} and a learning rate that sums to "
+        f"{sum_lr:.3g} over steps {adapter.window.first} to {adapter.window.end}"
+    )
+    if reach < sizes.min().item():
+        warnings.warn(
+            f"SoraCallback: this schedule cannot prune: {asked} lower a gate by {reach:.3g} at most, and the smallest "
+            f"is {sizes.min().item():.3g}. Raise gate_scale, sparse_lambda (up to 1) or the steps, or set target_r.",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif (config.sparse_lambda - 1) * config.gate_scale * sum_lr >= sizes.max().item():
+        warnings.warn(
+            f"SoraCallback: this schedule must prune every rank: {asked} lower each gate faster than Adam can raise "
+            "it. Lower sparse_lambda below 1, or set target_r.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _sum_lr(lr_scheduler: Any, index: int, window: PruneWindow) -> float | None:
+    """Learning rate of a parameter group summed over the window; None where the schedule is not known ahead."""
+    lambdas = getattr(lr_scheduler, "lr_lambdas", None)
+    if not lambdas or index >= len(lambdas):
+        return None
+    num_steps = window.end - window.first
+    stride = max(1, num_steps // _MAX_SCHEDULE_SAMPLES)
+    samples = [float(lambdas[index](step)) for step in range(window.first, window.end, stride)]
+    return float(lr_scheduler.base_lrs[index]) * sum(samples) / max(len(samples), 1) * num_steps

@@ -1,0 +1,224 @@
+"""Writes an adapter as plain LoRA: a folder that PEFT, vLLM and others load without this package.
+
+    A' = g[kept] * A[kept]      B' = s * B[:, kept]      alpha = r
+
+Servers read one ``alpha / r`` for every module and know no gate, so ``s`` goes into B and the gate into A; then
+``alpha / r`` is 1 at every rank. Shapes: A (r, in), B (out, r), g (r,); s a number.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft.tuners import lora
+from peft.tuners.adalora import AdaLoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_fastpeft.errors import AdapterError, RunExistsError
+from hf_fastpeft.tuners.sora.layer import GatedLinear, full_tensor
+
+__all__ = ["export_to_lora"]
+
+_PREFIX = "base_model.model."
+_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md")
+_METHODS = ("LORA", "SORA")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CARD = """---
+library_name: peft
+---
+
+Plain LoRA adapter, written by `hf_fastpeft.export_to_lora` from a {method} adapter: ranks {ranks} over {modules}
+modules. The scaling is part of the weights, so `lora_alpha / r` is 1 for every module.
+"""
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def export_to_lora(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter as a plain LoRA folder with the same outputs.
+
+    Ranks whose gate is zero are left out, modules that have none left too; if nothing is left at all, every module
+    gets rank 1 of zeros. Modules listed in ``modules_to_save`` go along unchanged. The model is not changed.
+
+    Args:
+        model: ``PeftModel``, or a transformers model after ``add_adapter``, with a LoRA, rsLoRA or SoRA adapter.
+        path: folder to write; made if missing.
+        adapter_name: the adapter to write.
+        dtype: of the written factors; float32 keeps the export exact to rounding.
+        overwrite: replace the adapter's files in a folder that is not empty; other files in it stay.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        AdapterError: no such adapter, or plain LoRA cannot express it; the message names the layers or the setting.
+        RunExistsError: the folder is not empty and ``overwrite`` is False.
+    """
+    config = _exportable_config(model, adapter_name)
+    factors = _read_factors(model, adapter_name)
+    kept = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
+    if not kept:
+        kept = {name: (a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1)) for name, (a, b) in factors.items()}
+    tensors = {}
+    for name, (a, b) in kept.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
+    tensors |= _other_tensors(model, adapter_name, set(factors))
+    plain = _plain_config(model, config, {name: a.shape[0] for name, (a, _) in kept.items()})
+
+    folder = Path(path)
+    _prepare_folder(folder, overwrite)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    plain.save_pretrained(str(folder))
+    ranks = sorted({a.shape[0] for a, _ in kept.values()})
+    span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    card = _CARD.format(method=config.peft_type.value, ranks=span, modules=len(kept))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def _exportable_config(model: nn.Module, adapter_name: str) -> Any:
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", None) or {}
+    asked = f"export_to_lora: adapter {adapter_name!r}"
+    if adapter_name not in configs:
+        raise AdapterError(f"{asked}: not in the model; found: {', '.join(map(repr, sorted(configs))) or 'none'}")
+    config: Any = configs[adapter_name]
+    if config.peft_type.value not in _METHODS:
+        raise AdapterError(
+            f"{asked} is of type {config.peft_type.value}; possible: {', '.join(_METHODS)}. "
+            "peft.convert_to_lora approximates other methods."
+        )
+    variants = [
+        f.name
+        for f in LoraConfig.__dataclass_fields__.values()
+        if f.metadata.get("is_lora_variant") and getattr(config, f.name)
+    ]
+    if variants:
+        raise AdapterError(f"{asked}: plain LoRA cannot express {', '.join(variants)}")
+    if config.bias != "none" or config.lora_bias:
+        raise AdapterError(
+            f"{asked}: bias={config.bias!r}, lora_bias={config.lora_bias!r}: servers read no biases; possible: "
+            "bias='none', lora_bias=False"
+        )
+    if str(config.init_lora_weights).lower().startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"{asked}: init_lora_weights={config.init_lora_weights!r} changed the base weights, and this adapter fits "
+            "only those; save with path_initial_model_for_weight_conversion of PEFT instead"
+        )
+    return config
+
+
+def _read_factors(model: nn.Module, adapter_name: str) -> Factors:
+    """Path of each adapted module in the base model -> (A', B'), float32 or wider."""
+    factors, refused = {}, []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, lora.LoraLayer):
+            continue
+        name = path.removeprefix(_PREFIX)
+        owned = {n for n in layer.adapter_layer_names if adapter_name in (getattr(layer, n, None) or {})}
+        if not owned:
+            continue
+        a = layer.lora_A[adapter_name] if "lora_A" in owned else None
+        linear = isinstance(a, nn.Linear) and not isinstance(layer, (lora.ParamWrapper, AdaLoraLayer))
+        if owned != {"lora_A", "lora_B"} or not linear or adapter_name in layer.lora_variant:
+            refused.append(f"{name} ({type(layer).__module__}.{type(layer).__name__})")
+            continue
+        factors[name] = _fold(a, layer.lora_B[adapter_name], layer.scaling[adapter_name])
+    if refused:
+        raise AdapterError(
+            f"export_to_lora: adapter {adapter_name!r}: only linear LoRA and SoRA layers can be written; found "
+            f"{len(refused)} others: {', '.join(refused[:5])}"
+        )
+    if not factors:
+        raise AdapterError(f"export_to_lora: adapter {adapter_name!r} has no layer in the model")
+    return factors
+
+
+@torch.no_grad()
+def _fold(a: nn.Linear, b: nn.Linear, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    weight_a, weight_b = full_tensor(a.weight.detach()), full_tensor(b.weight.detach())
+    dtype = torch.promote_types(weight_a.dtype, torch.float32)
+    weight_a, weight_b = weight_a.to(dtype), weight_b.to(dtype) * scaling
+    if not isinstance(a, GatedLinear):
+        return weight_a, weight_b
+    gate = full_tensor(a.gate.weight.detach()).to(weight_a.device, dtype) * a.gate.scale
+    kept = gate.nonzero().squeeze(1)
+    return weight_a[kept] * gate[kept, None], weight_b[:, kept.to(weight_b.device)]
+
+
+def _other_tensors(model: nn.Module, adapter_name: str, adapted: set[str]) -> dict[str, torch.Tensor]:
+    """What PEFT saves beside the factors: modules_to_save, trained tokens, resized embeddings."""
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    others = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        if name.partition(".lora_")[0] not in adapted:
+            others[_PREFIX + name] = tensor.detach().to("cpu").contiguous().clone()
+    return others
+
+
+def _plain_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraConfig:
+    top = max(ranks.values())
+    smaller = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != top}
+    return LoraConfig(
+        r=top,
+        lora_alpha=top,
+        rank_pattern=smaller,
+        alpha_pattern=dict(smaller),
+        target_modules=_target_modules(model, ranks),
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        layer_replication=config.layer_replication,
+        fan_in_fan_out=config.fan_in_fan_out,
+        lora_dropout=config.lora_dropout,
+        base_model_name_or_path=config.base_model_name_or_path
+        or getattr(_base_of(model), "name_or_path", None)
+        or None,
+        revision=config.revision,
+        task_type=config.task_type,
+        auto_mapping=_auto_mapping(model, config),
+        inference_mode=True,
+    )
+
+
+def _target_modules(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
+    """Full paths; as a regular expression where a path also ends the path of a module that is left out."""
+    paths = sorted(ranks)
+    names = {path.removeprefix(_PREFIX) for path, _ in model.named_modules()}
+    if any(name not in ranks and name.endswith(tuple(f".{path}" for path in paths)) for name in names):
+        return "|".join(re.escape(path) for path in paths)
+    return paths
+
+
+def _auto_mapping(model: nn.Module, config: Any) -> dict[str, str] | None:
+    if config.task_type is not None or config.auto_mapping:
+        return config.auto_mapping  # type: ignore[no-any-return]  # from PEFT's config
+    base = type(_base_of(model))
+    return {"base_model_class": base.__name__, "parent_library": base.__module__}
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _prepare_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RunExistsError(f"export_to_lora {str(folder)!r}: is a file; a folder is needed")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise RunExistsError(
+                f"export_to_lora {str(folder)!r}: the folder is not empty; choose another or pass overwrite=True"
+            )
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ _EXPORTS = {
     "verify": "hf_fastpeft.verification",
 }
 
-__all__ = [  # noqa: F822  resolved by __getattr__
+__all__ = [
     "FastPeftCallback",
     "Patched",
     "RunConfig",

@@ -131,7 +131,7 @@ class _RMSNorm(torch.autograd.Function):
     """Saves x, the weight and one float a row."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, impl: Impl) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, impl: Impl) -> torch.Tensor:
         x_ND = x.reshape(-1, x.shape[-1]).contiguous()
         out_ND, rstd_N1 = rms_norm_fwd(x_ND, weight, eps, impl)
         ctx.impl = impl
@@ -140,7 +140,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         x_ND, weight, rstd_N1 = ctx.saved_tensors
         d_out_ND = d_out.reshape(x_ND.shape).contiguous()
         d_x_ND, d_weight_D = rms_norm_bwd(d_out_ND, x_ND, weight, rstd_N1, ctx.impl, with_dw=ctx.needs_input_grad[1])

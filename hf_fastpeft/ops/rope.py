@@ -120,7 +120,8 @@ def rotate(
         # float64 stays float64; narrower inputs turn in float32 and round once
         wide = torch.promote_types(q.dtype, torch.float32)
         cos_B1SD, sin_B1SD = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
-        c1, c2, s1, s2 = *cos_B1SD.split(E, dim=-1), *sin_B1SD.split(E, dim=-1)
+        c1, c2 = cos_B1SD[..., :E], cos_B1SD[..., E:]
+        s1, s2 = sin_B1SD[..., :E], sin_B1SD[..., E:]
         halves = (c1, c2, -s2, -s1) if inverse else (c1, c2, s1, s2)
         _turn_torch(q, q_out, halves)
         _turn_torch(k, k_out, halves)
@@ -148,7 +149,7 @@ class _RoPE(torch.autograd.Function):
     """Saves cos and sin only."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, impl: Impl) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, cos, sin, impl: Impl) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.impl = impl
         ctx.save_for_backward(cos, sin)
         q_out, k_out = torch.empty_like(q), torch.empty_like(k)
@@ -157,7 +158,7 @@ class _RoPE(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_q, d_k):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_q, d_k):
         cos, sin = ctx.saved_tensors
         d_q_in, d_k_in = torch.empty_like(d_q), torch.empty_like(d_k)
         rotate(d_q, d_k, cos, sin, d_q_in, d_k_in, ctx.impl, inverse=True)

@@ -84,7 +84,7 @@ class _SwiGLU(torch.autograd.Function):
     """Saves its two inputs."""
 
     @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor, impl: Impl) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor, impl: Impl) -> torch.Tensor:
         gate_ND, up_ND = gate.contiguous(), up.contiguous()
         ctx.impl = impl
         ctx.save_for_backward(gate_ND, up_ND)
@@ -92,7 +92,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate_ND, up_ND = ctx.saved_tensors
         _, d_gate_ND, d_up_ND = swiglu_bwd(d_out.contiguous(), gate_ND, up_ND, ctx.impl, with_out=False)
         return d_gate_ND, d_up_ND, None

@@ -1,0 +1,38 @@
+"""``patch_model`` from a Trainer's callback list, for scripts in which the trainer loads the model itself."""
+
+from collections.abc import Collection
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_fastpeft.layers import FastModule
+from hf_fastpeft.ops._backend import Impl
+from hf_fastpeft.patching import Patched, patch_model
+
+__all__ = ["FastPeftCallback"]
+
+
+class FastPeftCallback(TrainerCallback):
+    """Patches the trainer's model once, when the trainer's constructor ends: after PEFT wrapped it, before accelerate.
+
+    A model that the script patched itself is left as it is. Works in every Trainer and TRL trainer::
+
+        trainer = SFTTrainer("HuggingFaceTB/SmolLM2-135M", ..., callbacks=[FastPeftCallback()])
+
+    Attributes:
+        patched: what was done, once it was; None before, and where the script had patched the model itself.
+    """
+
+    def __init__(self, *, impl: Impl = "auto", only: Collection[str] | None = None) -> None:
+        """Takes the options of :func:`hf_fastpeft.patch_model`."""
+        self.impl = impl
+        self.only = only
+        self.patched: Patched | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Patch ``kwargs["model"]``."""
+        model = kwargs["model"]
+        if not any(isinstance(module, FastModule) for module in model.modules()):
+            self.patched = patch_model(model, impl=self.impl, only=self.only)

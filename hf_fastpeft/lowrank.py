@@ -1,0 +1,157 @@
+"""One record for a linear layer and its adapter, read from any adapter layer at call time.
+
+    y = x Wᵀ + b + ((x Aᵀ) * g) (s B)ᵀ
+
+with ``g = gate_scale * gate`` (all ones where a method has no gate). LoRA (Hu et al. 2021, arXiv 2106.09685) and
+rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) differ in ``s``; SoRA (Ding et al. 2023, arXiv 2311.11696) adds the gate.
+
+A reader returns the record, or the reason, in words for the report, why this module's current state cannot be
+expressed by it; the caller then runs the stock module. Readers hold no state: adapters may be added, merged, disabled,
+resized or reloaded between two calls.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+__all__ = ["LowRank", "compute_dtype", "intercepted", "read", "read_lora_layer", "register_reader"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TENSORS_PER_LINEAR = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A linear layer with at most one low-rank adapter.
+
+    Attributes:
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or None.
+        A: ``(rank, in_features)`` or None without an adapter.
+        B: ``(out_features, rank)`` or None without an adapter.
+        gate: ``(rank,)`` or None: the trainable gate before ``gate_scale``.
+        scaling: the ``s`` of the formula.
+        gate_scale: fixed factor of the gate.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    scaling: float = 1.0
+    gate_scale: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The five tensors in the order an autograd Function takes them."""
+        return self.weight, self.bias, self.A, self.B, self.gate
+
+
+Reader = Callable[[Any], "LowRank | str"]
+READERS: dict[type, Reader] = {}
+
+
+def register_reader(layer_class: type, reader: Reader) -> None:
+    """Teach the fused blocks to read ``layer_class``; matched by exact type, subclasses are not."""
+    READERS[layer_class] = reader
+
+
+def read(module: nn.Module) -> LowRank | str:
+    """The record of ``module`` in its current state, or the reason why it must run stock."""
+    reader = READERS.get(type(module))
+    if reader is None:
+        return f"unknown layer type {type(module).__name__}"
+    return reader(module)
+
+
+def intercepted(module: nn.Module) -> str | None:
+    """Why bypassing ``module.forward`` would skip somebody else's code, or None."""
+    state = module.__dict__
+    if "forward" in state:
+        return f"{type(module).__name__} has a forward of its own (hook or foreign patch)"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    ):
+        return f"hooks on {type(module).__name__}"
+    return None
+
+
+def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
+    """The dtype stock would multiply in: autocast's where it applies, else that of both; None if they differ."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype if weight.dtype == x.dtype else None
+
+
+def read_linear(module: nn.Module) -> LowRank | str:
+    """Reader of a plain ``nn.Linear``: trainable or frozen, with or without bias."""
+    weight = module.weight
+    # exact types: a DTensor, a quantised parameter or a tensor subclass means something else than a plain product
+    if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
+        return f"weight is a {type(weight).__name__}"
+    if weight.is_meta:
+        return "weight is on the meta device (offloaded)"
+    if weight.dtype not in FLOATS:
+        return f"weight is {weight.dtype}"
+    return intercepted(module) or LowRank(weight, module.bias)  # type: ignore[arg-type]
+
+
+def read_lora_layer(layer: Any, factor_class: type[nn.Module]) -> LowRank | str:
+    """Reader of a LoRA-family layer over a plain linear.
+
+    Args:
+        layer: a PEFT ``LoraLayer``.
+        factor_class: exact class that ``lora_A``'s entry must have; ``lora_B``'s is ``nn.Linear``.
+    """
+    if layer.disable_adapters:
+        return "adapters disabled"
+    if layer.merged:
+        return "adapter merged"
+    if layer.fan_in_fan_out or not layer.cast_input_dtype_enabled:
+        return "fan_in_fan_out or input casting switched off"
+    if reason := intercepted(layer):
+        return reason
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"base layer is {type(base).__name__}"
+    plain = read_linear(base)
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if isinstance(plain, str) or not active:
+        return plain
+    if len(active) > 1:
+        return f"{len(active)} active adapters"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
+    dropout = layer.lora_dropout[name]
+    if type(dropout) is not nn.Identity and not (isinstance(dropout, nn.Dropout) and _inactive(dropout)):
+        return f"dropout p={getattr(dropout, 'p', '?')}"
+    A, B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    if type(A) is not factor_class or type(B) is not nn.Linear or B.bias is not None:
+        return f"lora_A is {type(A).__name__}, lora_B is {type(B).__name__}" + (
+            " with bias" if B.bias is not None else ""
+        )
+    if reason := intercepted(A) or intercepted(B) or intercepted(dropout):
+        return reason
+    if not isinstance(scaling, (int, float)):
+        return "scaling is a tensor"
+    return LowRank(plain.weight, plain.bias, A.weight, B.weight, None, float(scaling))
+
+
+def _inactive(dropout: nn.Dropout) -> bool:
+    return dropout.p == 0 or not dropout.training
+
+
+register_reader(nn.Linear, read_linear)
+register_reader(LoraLinear, lambda layer: read_lora_layer(layer, nn.Linear))

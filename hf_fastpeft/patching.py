@@ -1,0 +1,248 @@
+"""``patch_model``: swap the blocks of one model for fused ones, reversibly, and tell what was done.
+
+Only that model's instances change: each matched module gets ``module.__class__ = Fast...``, a static subclass of its
+own class. No class, module global or source of any library is touched.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MethodType, TracebackType
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
+from hf_fastpeft.layers import FastModule, Site
+from hf_fastpeft.ops._backend import IMPLS, Impl, use_triton
+
+__all__ = ["FAMILIES", "Family", "Patched", "patch_model", "register_family"]
+
+# model_type -> module that defines FAMILY; families load when a model asks for them
+FAMILIES: dict[str, str] = {"llama": "hf_fastpeft.patches.llama"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture: its ``model_type`` and the fast classes that stand in for its modules."""
+
+    model_type: str
+    fast_classes: tuple[type[FastModule], ...]
+
+    @property
+    def swaps(self) -> dict[type[nn.Module], type[FastModule]]:
+        """Stock class -> fast class; matched by exact type."""
+        return {stock: fast for fast in self.fast_classes if (stock := fast.stock_class()) is not None}
+
+
+def register_family(model_type: str, module: str) -> None:
+    """Make ``patch_model`` know another architecture.
+
+    Args:
+        model_type: the value of ``config.model_type``.
+        module: importable module that defines ``FAMILY``, a :class:`Family`.
+    """
+    FAMILIES[model_type] = module
+
+
+def _load_family(model: nn.Module) -> Family:
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise UnknownFamilyError(
+            f"patch_model: no patch for model_type={model_type!r} ({type(model).__name__}); known: "
+            f"{', '.join(sorted(FAMILIES))}. Register one with hf_fastpeft.register_family."
+        )
+    family = import_module(FAMILIES[model_type]).FAMILY
+    assert isinstance(family, Family)
+    return family
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        name = next((base.__name__ for base in type(module).__mro__ if base.__name__ in WRAPPERS), None)
+        if name is not None:
+            raise NothingToPatchError(
+                f"patch_model: the model is already wrapped ({name}); patch it before {WRAPPERS[name]}"
+            )
+
+
+WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel (in a Trainer, FastPeftCallback patches at the right moment)",
+    "FSDPModule": "fully_shard",
+    "FullyShardedDataParallel": "FSDP",
+    "OptimizedModule": "torch.compile",
+}
+
+
+def _swap(module: nn.Module, fast: type[nn.Module], before: type[nn.Module]) -> str | None:
+    """Set ``module.__class__``; returns why not, where another library holds the module's forward."""
+    hooked = module.__dict__.get("_old_forward")  # accelerate keeps the bound stock forward here
+    own = module.__dict__.get("forward")
+    if hooked is not None:
+        if getattr(hooked, "__func__", None) is not before.forward:
+            return "accelerate hook over a foreign forward"
+        module.__dict__["_old_forward"] = MethodType(fast.forward, module)
+    elif own is not None:
+        if getattr(own, "__func__", None) is not before.forward:
+            return "foreign forward on this instance (another library patched it)"
+        del module.__dict__["forward"]  # left behind when accelerate's hook was removed; it would shadow the class
+    module.__class__ = fast
+    return None
+
+
+@dataclass
+class Patched:
+    """What ``patch_model`` did to one model; also a context manager that restores on exit.
+
+    Attributes:
+        model: the patched model itself (the object that was passed in).
+        family: architecture the model was recognised as.
+        impl: implementation asked for.
+        skipped: module path -> why it was left alone.
+        unmatched: names of the family's classes that no module of this model has.
+    """
+
+    model: nn.Module
+    family: Family
+    impl: Impl
+    skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
+
+    def modules(self) -> Iterator[tuple[str, FastModule]]:
+        """Path and module of everything patched and not yet restored."""
+        for path, module in self.model.named_modules():
+            if isinstance(module, FastModule):
+                yield path, module
+
+    def restore(self) -> nn.Module:
+        """Give every module its stock class back; returns the model. Restoring twice changes nothing."""
+        for _, module in list(self.modules()):
+            fast, stock = type(module), module.stock_class()
+            assert stock is not None
+            if _swap(module, stock, fast) is None:
+                del module._fastpeft
+        return self.model
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready report: per block the modules fused now, those that are not and why, and the calls so far."""
+        blocks: dict[str, dict[str, Any]] = {}
+        for _, module in self.modules():
+            site = module._fastpeft
+            for name in module.blocks:
+                row = blocks.setdefault(
+                    name,
+                    {"modules": 0, "fused": 0, "stock": Counter(), "calls_fused": 0, "calls_stock": Counter()},
+                )
+                row["modules"] += 1
+                reason = module.obstacle(name)
+                if reason is None:
+                    row["fused"] += 1
+                else:
+                    row["stock"][reason] += 1
+                row["calls_fused"] += site.fused[name]
+                row["calls_stock"].update({why: n for (block, why), n in site.stock.items() if block == name})
+        for row in blocks.values():
+            row["stock"], row["calls_stock"] = dict(row["stock"]), dict(row["calls_stock"])
+        return {
+            "model": type(_bare(self.model)).__name__,
+            "model_type": self.family.model_type,
+            "impl": self.impl,
+            "blocks": blocks,
+            "skipped": dict(self.skipped),
+            "unmatched": list(self.unmatched),
+        }
+
+    def report(self) -> str:
+        """The same as a table for people: what would be fused in training now, and what was called so far."""
+        data = self.to_json()
+        lines = [
+            f"hf_fastpeft: {data['model']} ({data['model_type']}), impl={self.impl}",
+            f"{'block':<14} {'modules':>7} {'fused':>6} {'stock':>6}   calls fused/stock",
+        ]
+        for name, row in data["blocks"].items():
+            calls = f"{row['calls_fused']}/{sum(row['calls_stock'].values())}"
+            lines.append(f"{name:<14} {row['modules']:>7} {row['fused']:>6} {sum(row['stock'].values()):>6}   {calls}")
+            lines += [f"    stock now: {why} ({n} modules)" for why, n in row["stock"].items()]
+            past = {why: n for why, n in row["calls_stock"].items() if why not in row["stock"]}
+            lines += [f"    ran stock: {why} ({n} calls)" for why, n in past.items()]
+        lines += [f"left alone: {path}: {why}" for path, why in self.skipped.items()]
+        lines += [f"no module of class {name}" for name in self.unmatched]
+        return "\n".join(lines)
+
+    def __enter__(self) -> "Patched":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def patch_model(model: nn.Module, *, impl: Impl = "auto", only: Collection[str] | None = None) -> Patched:
+    """Swap the blocks of this model for fused ones.
+
+    Works on a transformers model before or after PEFT wrapped it, and on a ``PeftModel``. Nothing is copied or moved;
+    state-dict keys, parameters and hooks stay as they are. What a fused block cannot do exactly in the model's current
+    state runs the stock code, per call, and the report says why.
+
+    Args:
+        model: a model whose ``config.model_type`` has a registered family.
+        impl: ``"auto"`` takes Triton on CUDA tensors and torch elsewhere; ``"triton"`` insists; ``"torch"`` never
+            takes it.
+        only: stock class names to patch (for example ``{"LlamaMLP"}``); all of the family's by default.
+
+    Returns:
+        A :class:`Patched`: ``.report()``, ``.to_json()``, ``.restore()``; as a context manager it restores on exit.
+
+    Raises:
+        UnknownFamilyError: no family for this ``model_type``.
+        AlreadyPatchedError: the model carries our classes already.
+        NothingToPatchError: no module to fuse, a name in ``only`` that the family does not have, or a wrapped model.
+        RuntimeError: ``impl="triton"`` where Triton cannot run.
+        ValueError: unknown ``impl``.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"patch_model: impl={impl!r}; possible: {', '.join(map(repr, IMPLS))}")
+    family = _load_family(model)
+    swaps = family.swaps
+    if only is not None:
+        known = {stock.__name__ for stock in swaps}
+        if unknown := set(only) - known:
+            raise NothingToPatchError(f"patch_model: only={sorted(unknown)}; possible: {sorted(known)}")
+        swaps = {stock: fast for stock, fast in swaps.items() if stock.__name__ in only}
+    already = sum(isinstance(module, FastModule) for module in model.modules())
+    if already:
+        raise AlreadyPatchedError(
+            f"patch_model: {already} modules of this model are patched already; call .restore() on the first result"
+        )
+    _refuse_wrapped(model)
+    matched = [(path, module) for path, module in model.named_modules() if type(module) in swaps]
+    if not any("rms_norm" not in swaps[type(module)].blocks for _, module in matched) and only is None:
+        raise NothingToPatchError(
+            f"patch_model: {type(model).__name__} has no {' or '.join(s.__name__ for s in swaps)} whose linears could "
+            f"be fused ({len(matched)} norms only)"
+        )
+    if impl == "triton":
+        for parameter in model.parameters():
+            use_triton(impl, parameter)
+            break
+    patched = Patched(model, family, impl)
+    found = set()
+    for path, module in matched:
+        stock = type(module)
+        found.add(stock)
+        reason = _swap(module, swaps[stock], stock)
+        if reason is None:
+            module._fastpeft = Site(impl)
+        else:
+            patched.skipped[path] = reason
+    patched.unmatched = tuple(stock.__name__ for stock in swaps if stock not in found)
+    return patched

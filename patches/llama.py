@@ -1,0 +1,26 @@
+"""Llama (transformers ``model_type="llama"``): Llama 1 to 3.x, SmolLM2, TinyLlama and others of its architecture."""
+
+from transformers.models.llama import modeling_llama as stock
+
+from hf_fastpeft.layers import FastAttention, FastMLP, FastRMSNorm
+from hf_fastpeft.patching import Family
+
+__all__ = ["FAMILY", "FastLlamaAttention", "FastLlamaMLP", "FastLlamaRMSNorm"]
+
+
+class FastLlamaRMSNorm(FastRMSNorm, stock.LlamaRMSNorm):
+    """``LlamaRMSNorm`` with the fused norm."""
+
+
+class FastLlamaMLP(FastMLP, stock.LlamaMLP):
+    """``LlamaMLP`` as one block."""
+
+
+class FastLlamaAttention(FastAttention, stock.LlamaAttention):
+    """``LlamaAttention`` with fused projections around Hugging Face's attention call."""
+
+    eager_attention = staticmethod(stock.eager_attention_forward)
+    stock_rotary = staticmethod(stock.apply_rotary_pos_emb)
+
+
+FAMILY = Family("llama", (FastLlamaRMSNorm, FastLlamaAttention, FastLlamaMLP))

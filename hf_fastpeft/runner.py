@@ -1,0 +1,334 @@
+"""One training run, from a `RunConfig` to a folder: stock TRL SFTTrainer, stock PEFT, our patch and callbacks."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hf_fastpeft.config.mapping import adapter_config, arguments, planned_steps, quantization_config
+from hf_fastpeft.config.schema import RunConfig
+from hf_fastpeft.datasets import Example, RunData, encode, prompt_ids, read_data
+from hf_fastpeft.errors import ConfigError
+from hf_fastpeft.run_folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
+
+__all__ = ["Loaded", "RunResult", "Sample", "load_model", "load_tokenizer", "model_source", "train"]
+
+
+@dataclass
+class Sample:
+    """A held-out prompt, the answer the data gives, and the model's greedy answers before and after training."""
+
+    prompt: str
+    reference: str
+    before: str = ""
+    after: str = ""
+
+
+@dataclass
+class RunResult:
+    """What a run did and where it left its files.
+
+    Attributes:
+        output_dir: the run's folder.
+        interrupted: stopped by Ctrl-C; ``checkpoint`` continues it.
+        checkpoint: the latest checkpoint, if one was written.
+        adapter_dir: the adapter in its own format (the whole model where ``adapter`` is none).
+        lora_dir: the same adapter as plain LoRA, where the two differ.
+        loss_before: validation loss of the untrained model, in nats per learned token.
+        loss_after: validation loss at the end.
+        kept_ranks: module -> (ranks kept, ranks at the start); empty for methods that keep all.
+        patch: report of `patch_model`, None where patching was off.
+        seconds: wall clock by phase.
+        history: Trainer's log.
+    """
+
+    output_dir: Path
+    interrupted: bool = False
+    checkpoint: Path | None = None
+    adapter_dir: Path | None = None
+    lora_dir: Path | None = None
+    steps: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    samples: list[Sample] = field(default_factory=list)
+    kept_ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    patch: dict[str, Any] | None = None
+    patch_text: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    rank_history: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+
+
+@dataclass
+class Loaded:
+    """Model and tokenizer of a run, and the adapter still to be added (None: train every weight)."""
+
+    model: Any
+    tokenizer: Any
+    adapter: Any
+
+
+def train(config: RunConfig, *, overwrite: bool = False, console: Console | None = None) -> RunResult:
+    """Runs one supervised fine-tuning and writes adapter, export, report and pictures to ``config.output_dir``.
+
+    Everything a user can get wrong is checked before the model is loaded. Ctrl-C finishes the step, writes a
+    checkpoint and returns with ``interrupted`` set.
+
+    Args:
+        config: the run.
+        overwrite: replace what an earlier run left in the output folder.
+        console: where progress goes; default standard output.
+
+    Raises:
+        ConfigError: the configuration contradicts itself or the folder cannot be written.
+        DataError: the data are missing, malformed, empty or too long.
+        MissingPackageError: a package this run needs is not installed.
+        RunExistsError: the folder holds an earlier run.
+    """
+    from hf_fastpeft.progress import quiet_bars
+    from hf_fastpeft.report import finish, introduce
+
+    console = console or Console()
+    seconds: dict[str, float] = {}
+    _adapter(config, None)
+    checkpoint = prepare_folder(config, overwrite=overwrite)
+    with quiet_bars():
+        with _timed(seconds, "data"):
+            data = read_data(config)
+        with _timed(seconds, "model"):
+            source = model_source(config, notify=console.print)
+            tokenizer = load_tokenizer(config, source)
+            train_rows, notices = encode(data.train, tokenizer, config, what="training data")
+            eval_rows = None
+            if data.held_out:
+                eval_rows, more = encode(data.held_out, tokenizer, config, what="validation data")
+                notices = notices + more
+            loaded = load_model(config, source, tokenizer)
+        run = _Run(config, console, loaded, train_rows, eval_rows, seconds)
+        introduce(console, config, run.trainer, notices, checkpoint)
+        result = run.execute(data, checkpoint)
+    finish(console, config, result)
+    return result
+
+
+def model_source(config: RunConfig, *, notify: Any = None) -> str:
+    """Folder or repository of the base model; a built-in one is converted on first use."""
+    from hf_fastpeft.quickstart import builtin_name, ensure_model
+
+    name = builtin_name(config.base_model)
+    return config.base_model if name is None else str(ensure_model(name, notify=notify))
+
+
+def load_tokenizer(config: RunConfig, source: str) -> Any:
+    """The base model's tokenizer with the run's special tokens.
+
+    Raises:
+        ConfigError: it cannot be loaded, or a special token is not in its vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    options = {k: v for k, v in arguments(config, "from_pretrained").items() if k in ("revision", "trust_remote_code")}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise _unloadable(config, error) from error
+    vocabulary = tokenizer.get_vocab()
+    new = [f"{kind}: {token!r}" for kind, token in config.special_tokens.items() if token not in vocabulary]
+    if new:
+        raise ConfigError(
+            f"special_tokens: {', '.join(new)}: not in the vocabulary of {config.base_model}; extend the tokenizer and "
+            "the embeddings first and point base_model at the result"
+        )
+    for kind, token in config.special_tokens.items():
+        setattr(tokenizer, kind, token)
+    return tokenizer
+
+
+def load_model(config: RunConfig, source: str, tokenizer: Any) -> Loaded:
+    """The base model, quantised if asked, and the PEFT config to wrap it with.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = arguments(config, "from_pretrained")
+    quantization = quantization_config(config)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise _unloadable(config, error) from error
+    return Loaded(model, tokenizer, _adapter(config, model))
+
+
+def _unloadable(config: RunConfig, error: Exception) -> ConfigError:
+    reason = str(error).strip().split("\n")[0]
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    return ConfigError(f"base_model: {config.base_model}: cannot be loaded{offline}: {reason}")
+
+
+def _adapter(config: RunConfig, model: Any) -> Any:
+    """The PEFT config; without a model, only a check that its values go together."""
+    try:
+        if model is None:
+            config = config.model_copy(update={"lora_target_linear": False})
+        return adapter_config(config, model)
+    except ValueError as error:
+        raise ConfigError(f"adapter: {config.adapter}: {error}") from error
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class _Run:
+    """One SFTTrainer and the phases around its training."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: Console,
+        loaded: Loaded,
+        train_rows: Any,
+        eval_rows: Any,
+        seconds: dict[str, float],
+    ) -> None:
+        from transformers import PrinterCallback
+        from trl import SFTConfig, SFTTrainer
+
+        from hf_fastpeft.progress import ProgressCallback, StopCallback
+
+        self.config, self.tokenizer, self.seconds = config, loaded.tokenizer, seconds
+        self.stop, self.progress = StopCallback(console), ProgressCallback(console)
+        self.sora, self.patcher = _method_callbacks(config)
+        steps = planned_steps(config, len(train_rows), int(os.environ.get("WORLD_SIZE", "1")))
+        options = arguments(config, "SFTConfig", total_steps=steps)
+        if eval_rows is None:
+            options["eval_strategy"] = "no"
+        os.environ.update(arguments(config, "environment"))
+        with _timed(seconds, "trainer"):
+            self.trainer = SFTTrainer(
+                model=loaded.model,
+                args=SFTConfig(**options, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available()),
+                train_dataset=train_rows,
+                eval_dataset=eval_rows,
+                processing_class=loaded.tokenizer,
+                peft_config=loaded.adapter,
+                callbacks=[c for c in (self.patcher, self.sora, self.progress, self.stop) if c is not None],
+            )
+        self.trainer.remove_callback(PrinterCallback)
+        self.has_eval = eval_rows is not None
+
+    def execute(self, data: RunData, checkpoint: Path | None) -> RunResult:
+        """Scores, trains, scores again and saves; returns early where training was interrupted."""
+        config, trainer = self.config, self.trainer
+        result = RunResult(Path(config.output_dir), seconds=self.seconds)
+        probes = (data.held_out or data.train)[: config.fastpeft.samples]
+        self._before(result, probes, checkpoint)
+        with _timed(self.seconds, "training"), self.stop.on_interrupt():
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except KeyboardInterrupt:
+                self.stop.requested = True
+            finally:
+                self.progress.close()
+        result.steps = trainer.state.global_step
+        result.history = trainer.state.log_history
+        result.checkpoint = latest_checkpoint(result.output_dir)
+        if self.stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            result.interrupted = True
+            return result
+        if self.has_eval:
+            with _timed(self.seconds, "validation"):
+                result.loss_after = float(trainer.evaluate()["eval_loss"])
+        with _timed(self.seconds, "samples"):
+            for sample, probe in zip(result.samples, probes, strict=True):
+                sample.after = self._answer(probe)
+        self._save(result)
+        return result
+
+    def _before(self, result: RunResult, probes: list[Example], checkpoint: Path | None) -> None:
+        """Loss and answers of the untrained model; a resumed run reads them from its first start."""
+        file = result.output_dir / RUN_FILE
+        earlier = read_json(file) if checkpoint is not None else {}
+        if earlier:
+            result.loss_before = earlier.get("loss_before")
+            stored = [Sample(**sample) for sample in earlier.get("samples", [])]
+            result.samples = stored if len(stored) == len(probes) else [self._sample(probe, "") for probe in probes]
+            return
+        if self.has_eval:
+            with _timed(self.seconds, "validation"):
+                result.loss_before = float(self.trainer.evaluate()["eval_loss"])
+        with _timed(self.seconds, "samples"):
+            result.samples = [self._sample(probe, self._answer(probe)) for probe in probes]
+        content = {
+            "config": self.config.model_dump(),
+            "loss_before": result.loss_before,
+            "samples": [asdict(sample) for sample in result.samples],
+        }
+        if self.trainer.is_world_process_zero():
+            write_json(file, content)
+
+    def _sample(self, probe: Example, before: str) -> Sample:
+        text = probe.prompt or "\n".join(m["content"] for m in probe.messages[:-1] if m["role"] != "system")
+        return Sample(prompt=text, reference=probe.reference, before=before)
+
+    def _answer(self, probe: Example) -> str:
+        """Greedy continuation of a prompt."""
+        model = self.trainer.model
+        ids = torch.tensor([prompt_ids(probe, self.tokenizer)], device=model.device)
+        model.eval()
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.config.fastpeft.sample_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+    def _save(self, result: RunResult) -> None:
+        """Adapter in its own format, plain LoRA beside it, and what the method and the patch report."""
+        model = self.trainer.model
+        with _timed(self.seconds, "saving"):
+            result.adapter_dir = result.output_dir / ("model" if self.config.adapter == "none" else "adapter")
+            self.trainer.save_model(str(result.adapter_dir))
+            if self.sora is not None:
+                from hf_fastpeft.export import export_to_lora
+                from hf_fastpeft.tuners.sora import kept_ranks
+
+                result.lora_dir = result.output_dir / "lora"
+                export_to_lora(model, result.lora_dir)
+                result.kept_ranks = dict(kept_ranks(model))
+                result.rank_history = [(int(step), dict(ranks)) for step, ranks in self.sora.history]
+        patched = getattr(self.patcher, "patched", None)
+        if patched is not None:
+            result.patch, result.patch_text = patched.to_json(), patched.report()
+
+
+def _method_callbacks(config: RunConfig) -> tuple[Any, Any]:
+    """Callbacks the adapter and the patch need, None where not asked for."""
+    sora = patcher = None
+    if config.adapter == "sora":
+        from hf_fastpeft.callbacks.sora import SoraCallback
+
+        sora = SoraCallback()
+    if config.fastpeft.patch:
+        from hf_fastpeft.callbacks.fastpeft import FastPeftCallback
+
+        patcher = FastPeftCallback(impl=config.fastpeft.impl)
+    return sora, patcher

@@ -129,8 +129,8 @@ def _read_factors(model: nn.Module, adapter_name: str) -> Factors:
         if not owned:
             continue
         a = layer.lora_A[adapter_name] if "lora_A" in owned else None
-        linear = isinstance(a, nn.Linear) and not isinstance(layer, (lora.ParamWrapper, AdaLoraLayer))
-        if owned != {"lora_A", "lora_B"} or not linear or adapter_name in layer.lora_variant:
+        plain = owned == {"lora_A", "lora_B"} and adapter_name not in layer.lora_variant
+        if not plain or not isinstance(a, nn.Linear) or isinstance(layer, (lora.ParamWrapper, AdaLoraLayer)):
             refused.append(f"{name} ({type(layer).__module__}.{type(layer).__name__})")
             continue
         factors[name] = _fold(a, layer.lora_B[adapter_name], layer.scaling[adapter_name])

@@ -71,12 +71,13 @@ class SoraCallback(TrainerCallback):
         self.history: list[tuple[int, dict[str, int]]] = []
         self._adapters: list[_Adapter] = []
         self._exemption: DecayExemption | None = None
+        self._saw_init = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # TRL has by now cast what trains to bfloat16; the optimizer is created later and sees float32 gates.
-        if model is not None:
-            for adapter in _active_adapters(model):
-                _restore_float32(adapter, optimizer=None)
+        self._saw_init = True
+        for adapter in _active_adapters(model) if model is not None else []:
+            _restore_float32(adapter, optimizer=None)
 
     def on_train_begin(
         self,
@@ -101,13 +102,7 @@ class SoraCallback(TrainerCallback):
             return
         _refuse_deepspeed(args, optimizer)
         for adapter in self._adapters:
-            if _restore_float32(adapter, optimizer) and state.global_step > 0:
-                warnings.warn(
-                    "SoraCallback: the gates were loaded in half precision and have lost digits. Pass the callback to "
-                    "the trainer's constructor instead of add_callback.",
-                    UserWarning,
-                    stacklevel=2,
-                )
+            _restore_float32(adapter, optimizer)
             _refuse_shards(adapter)
             adapter.window = PruneWindow.of(adapter.runtime.config, state.max_steps)
             group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -119,6 +114,13 @@ class SoraCallback(TrainerCallback):
         self._exemption = DecayExemption.install(optimizer, gates)
         if state.global_step > 0:
             self._load_state(args, state)
+            if not self._saw_init and any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+                warnings.warn(
+                    "SoraCallback: on a quantised model the checkpoint was loaded into bfloat16 gates, which lose "
+                    "digits. Pass the callback to the trainer's constructor instead of add_callback.",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for adapter in self._adapters:
@@ -256,16 +258,14 @@ def _count(adapters: list[_Adapter]) -> dict[str, int]:
     return dict(zip(names, torch.stack(counts).tolist(), strict=True))
 
 
-def _restore_float32(adapter: _Adapter, optimizer: Any) -> bool:
-    """Gates and their optimizer state back in float32, in the same Parameter objects; True if any was not."""
-    half = [gate for gate in adapter.gates if gate.dtype in _HALF]
-    for gate in half:
+def _restore_float32(adapter: _Adapter, optimizer: Any) -> None:
+    """Gates and their optimizer state back in float32, in the same Parameter objects."""
+    for gate in (gate for gate in adapter.gates if gate.dtype in _HALF):
         gate.data = gate.data.float()
         state = optimizer.state.get(gate, {}) if optimizer is not None else {}
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dtype in _HALF:
                 state[key] = value.float()
-    return bool(half)
 
 
 def _refuse_deepspeed(args: Any, optimizer: Any) -> None:

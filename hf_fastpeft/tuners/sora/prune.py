@@ -25,8 +25,8 @@ class PruneWindow:
     @classmethod
     def of(cls, config: SoraConfig, max_steps: int) -> "PruneWindow":
         """The window that a configuration gives for a run of ``max_steps`` optimizer steps."""
-        first = math.ceil(config.warmup_ratio * max_steps)
-        return cls(first, max(first, max_steps - math.floor(config.settle_ratio * max_steps)))
+        first = math.floor(config.warmup_ratio * max_steps)
+        return cls(first, max_steps - math.floor(config.settle_ratio * max_steps))
 
 
 def rank_budget(step: int, window: PruneWindow, *, total: int, target: int) -> int:

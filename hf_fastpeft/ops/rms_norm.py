@@ -113,7 +113,7 @@ def rms_norm_bwd(
         if with_dw:
             d_weight_D = (d_wide * x_wide).mul_(rstd).sum(0).to(weight.dtype)
         # d_x = rstd * (wd - x_hat * mean(wd * x_hat)), with x_hat = x * rstd
-        dot_N1 = torch.bmm(wd_ND.unsqueeze(1), x_wide.unsqueeze(2)).squeeze(2)
+        dot_N1 = (wd_ND * x_wide).sum(-1, keepdim=True)
         d_x_ND = wd_ND.mul_(rstd).addcmul_(x_wide, dot_N1.mul_(rstd.pow(3)), value=-1.0 / D)
         return d_x_ND.to(x.dtype), d_weight_D
     d_x_ND = torch.empty_like(x)

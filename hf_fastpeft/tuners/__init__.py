@@ -13,8 +13,12 @@ def methods() -> dict[str, tuple[Any, Any]]:
 
 
 def register() -> None:
-    """Register every method of this package with PEFT; calling it again changes nothing."""
+    """Register every method with PEFT and its layers with the fused blocks; calling it again changes nothing."""
+    from hf_fastpeft.lowrank import register_reader
     from hf_fastpeft.tuners._peft import add_peft_type, register_method
+    from hf_fastpeft.tuners.sora.layer import SoraLinear
+    from hf_fastpeft.tuners.sora.reader import read_sora_layer
 
     for name, (config_cls, model_cls) in methods().items():
         register_method(add_peft_type(name), config_cls, model_cls)
+    register_reader(SoraLinear, read_sora_layer)

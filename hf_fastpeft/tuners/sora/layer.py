@@ -84,7 +84,8 @@ class GatedLinear(nn.Linear):
         self.register_parameter("bias", None)
         self.gate = SoraGate(linear.out_features, runtime)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def warn_if_never_pruned(self) -> None:
+        """Called by every forward in training, this one's and the fused blocks'."""
         runtime = self.gate.runtime
         if (
             self.training
@@ -94,6 +95,9 @@ class GatedLinear(nn.Linear):
             and self.gate.weight.requires_grad
         ):
             runtime.warn()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.warn_if_never_pruned()
         p = F.linear(input, self.weight)
         g: torch.Tensor = self.gate()  # through __call__: wrappers such as FSDP gather the weight there
         return p * g.to(p.dtype)

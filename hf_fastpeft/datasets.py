@@ -15,7 +15,7 @@ from hf_fastpeft.config.schema import DatasetConfig, RunConfig
 from hf_fastpeft.errors import DataError
 from hf_fastpeft.quickstart import builtin_name, load_builtin_rows
 
-__all__ = ["Example", "RunData", "encode", "load_examples", "prompt_ids", "read_data", "tokenize"]
+__all__ = ["IGNORED", "Example", "RunData", "encode", "load_examples", "prompt_ids", "read_data", "tokenize"]
 
 IGNORED = -100
 Message = dict[str, str]
@@ -190,9 +190,9 @@ def _example(where: str, row: Any, entry: DatasetConfig) -> Example:
     if entry.type == "completion":
         return Example(where, completion=_column(where, row, entry.field, str), chunked=True)
     if isinstance(row.get(entry.field_prompt), list):
-        prompt = _messages(where, row[entry.field_prompt], entry)
-        completion = _messages(where, _column(where, row, entry.field_completion, list), entry)
-        return Example(where, messages=prompt + completion, trained=[False] * len(prompt) + [True] * len(completion))
+        context = _messages(where, row[entry.field_prompt], entry)
+        learned = _messages(where, _column(where, row, entry.field_completion, list), entry)
+        return Example(where, messages=context + learned, trained=[False] * len(context) + [True] * len(learned))
     return Example(
         where,
         prompt=_column(where, row, entry.field_prompt, str),

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,11 +14,11 @@ from rich.console import Console
 
 from hf_fastpeft.config.mapping import adapter_config, arguments, planned_steps, quantization_config
 from hf_fastpeft.config.schema import RunConfig
-from hf_fastpeft.datasets import Example, RunData, encode, prompt_ids, read_data
-from hf_fastpeft.errors import ConfigError
+from hf_fastpeft.datasets import IGNORED, Example, RunData, encode, prompt_ids, read_data
+from hf_fastpeft.errors import ConfigError, NothingToPatchError, UnknownFamilyError
 from hf_fastpeft.run_folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
 
-__all__ = ["Loaded", "RunResult", "Sample", "load_model", "load_tokenizer", "model_source", "train"]
+__all__ = ["Loaded", "RunResult", "Sample", "load_model", "load_tokenizer", "model_and_batch", "model_source", "train"]
 
 
 @dataclass
@@ -142,8 +143,8 @@ def load_tokenizer(config: RunConfig, source: str) -> Any:
     new = [f"{kind}: {token!r}" for kind, token in config.special_tokens.items() if token not in vocabulary]
     if new:
         raise ConfigError(
-            f"special_tokens: {', '.join(new)}: not in the vocabulary of {config.base_model}; extend the tokenizer and "
-            "the embeddings first and point base_model at the result"
+            f"special_tokens: {', '.join(new)}: not in the vocabulary of {config.base_model}; extend the tokenizer "
+            "and the embeddings first and point base_model at the result"
         )
     for kind, token in config.special_tokens.items():
         setattr(tokenizer, kind, token)
@@ -192,6 +193,18 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
+@contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    """Names the key that trains a model which `patch_model` cannot patch, and hides a warning nobody here can heed."""
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, _prepare_model).
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
+    except (UnknownFamilyError, NothingToPatchError) as error:
+        raise type(error)(f"{error} To train it unpatched, set fastpeft.patch: false.") from error
+
+
 class _Run:
     """One SFTTrainer and the phases around its training."""
 
@@ -217,7 +230,7 @@ class _Run:
         if eval_rows is None:
             options["eval_strategy"] = "no"
         os.environ.update(arguments(config, "environment"))
-        with _timed(seconds, "trainer"):
+        with _timed(seconds, "trainer"), _told_how_to_go_on():
             self.trainer = SFTTrainer(
                 model=loaded.model,
                 args=SFTConfig(**options, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available()),
@@ -253,8 +266,8 @@ class _Run:
             with _timed(self.seconds, "validation"):
                 result.loss_after = float(trainer.evaluate()["eval_loss"])
         with _timed(self.seconds, "samples"):
-            for sample, probe in zip(result.samples, probes, strict=True):
-                sample.after = self._answer(probe)
+            for sample, answer in zip(result.samples, self._answers(probes), strict=True):
+                sample.after = answer
         self._save(result)
         return result
 
@@ -271,7 +284,8 @@ class _Run:
             with _timed(self.seconds, "validation"):
                 result.loss_before = float(self.trainer.evaluate()["eval_loss"])
         with _timed(self.seconds, "samples"):
-            result.samples = [self._sample(probe, self._answer(probe)) for probe in probes]
+            answers = self._answers(probes)
+            result.samples = [self._sample(p, answer) for p, answer in zip(probes, answers, strict=True)]
         content = {
             "config": self.config.model_dump(),
             "loss_before": result.loss_before,
@@ -284,22 +298,28 @@ class _Run:
         text = probe.prompt or "\n".join(m["content"] for m in probe.messages[:-1] if m["role"] != "system")
         return Sample(prompt=text, reference=probe.reference, before=before)
 
-    def _answer(self, probe: Example) -> str:
-        """Greedy continuation of a prompt."""
+    def _answers(self, probes: list[Example]) -> list[str]:
+        """Greedy continuations of the prompts, all in one batch padded on the left."""
+        if not probes:
+            return []
         model = self.trainer.model
-        ids = torch.tensor([prompt_ids(probe, self.tokenizer)], device=model.device)
+        prompts = [prompt_ids(probe, self.tokenizer) for probe in probes]
+        longest = max(len(ids) for ids in prompts)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
         model.eval()
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=self.config.fastpeft.sample_tokens,
                 do_sample=False,
                 use_cache=True,
-                pad_token_id=self.tokenizer.pad_token_id,
+                pad_token_id=pad,
                 eos_token_id=self.tokenizer.eos_token_id,
             )
-        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        return [str(self.tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in out]
 
     def _save(self, result: RunResult) -> None:
         """Adapter in its own format, plain LoRA beside it, and what the method and the patch report."""
@@ -312,7 +332,7 @@ class _Run:
                 from hf_fastpeft.tuners.sora import kept_ranks
 
                 result.lora_dir = result.output_dir / "lora"
-                export_to_lora(model, result.lora_dir)
+                export_to_lora(model, result.lora_dir, overwrite=True)
                 result.kept_ranks = dict(kept_ranks(model))
                 result.rank_history = [(int(step), dict(ranks)) for step, ranks in self.sora.history]
         patched = getattr(self.patcher, "patched", None)
@@ -332,3 +352,36 @@ def _method_callbacks(config: RunConfig) -> tuple[Any, Any]:
 
         patcher = FastPeftCallback(impl=config.fastpeft.impl)
     return sora, patcher
+
+
+def model_and_batch(config: RunConfig, rows: int, *, notify: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The run's model with its adapter in training mode, and one batch of its first training rows.
+
+    Raises:
+        ConfigError: see `train`.
+        DataError: see `train`.
+    """
+    from hf_fastpeft.progress import quiet_bars
+
+    with quiet_bars():
+        data = read_data(config)
+        source = model_source(config, notify=notify)
+        tokenizer = load_tokenizer(config, source)
+        encoded, _ = encode(data.train[:rows], tokenizer, config, what="training data")
+        loaded = load_model(config, source, tokenizer)
+    model = loaded.model
+    if loaded.adapter is not None:
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        if config.is_quantized:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = get_peft_model(model, loaded.adapter)
+    pad = tokenizer.pad_token_id or 0
+    longest = max(len(row["input_ids"]) for row in encoded)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in encoded:
+        gap = longest - len(row["input_ids"])
+        columns["input_ids"].append(row["input_ids"] + [pad] * gap)
+        columns["attention_mask"].append([1] * len(row["input_ids"]) + [0] * gap)
+        columns["labels"].append(row["labels"] + [IGNORED] * gap)
+    return model.train(), {name: torch.tensor(values, device=model.device) for name, values in columns.items()}

@@ -6,32 +6,37 @@ everything else in this file is *unsupported* and refused with advice. A key in 
 Grows by moving a key from `UNSUPPORTED` into `RunConfig`.
 """
 
-__all__ = ["HINT_PLUGINS", "HINTS", "INERT", "NEUTRAL", "UNSUPPORTED"]
+__all__ = ["HINTS", "HINT_PLUGINS", "INERT", "NEUTRAL", "UNSUPPORTED"]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 # Requests for fused kernels, from Axolotl's own, Liger, cut-cross-entropy, Unsloth and flash-attn. One notice, then
 # `patch_model` does it.
-HINTS = frozenset(
+HINTS = _words(
     """
     chunked_cross_entropy cut_cross_entropy flash_attn_cross_entropy flash_attn_fuse_mlp flash_attn_fuse_qkv
     flash_attn_rms_norm fused_attn_kernel liger_cross_entropy liger_fused_linear_cross_entropy liger_glu_activation
     liger_layer_norm liger_rms_norm liger_rms_norm_gated liger_rope liger_swiglu lora_embedding_kernel lora_mlp_kernel
     lora_o_kernel lora_qkv_kernel unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_o unsloth_lora_qkv
     unsloth_rms_norm unsloth_rope use_kernels
-    """.split()
+    """
 )
 
 # Substrings of `plugins:` entries that are hints; any other plugin is refused.
 HINT_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
 
 # Caches, device placement and checks of the other runner: the trained weights do not depend on them.
-INERT = frozenset(
+INERT = _words(
     """
     dataset_prepared_path dataset_processes dataset_num_proc dataloader_num_workers dataloader_pin_memory
     dataloader_prefetch_factor debug eval_table_size experimental_skip_move_to_device low_cpu_mem_usage
     pad_to_sequence_len sample_packing_eff_est strict
     ddp_find_unused_parameters is_llama_derived_model is_mistral_derived_model is_falcon_derived_model
     is_qwen_derived_model
-    """.split()
+    """
 )
 
 # Values that ask for what this runner does in any case.
@@ -127,4 +132,11 @@ _ADVICE: dict[str, str] = {
 }
 
 # Key -> what to do instead.
-UNSUPPORTED: dict[str, str] = {key: advice for advice, keys in _ADVICE.items() for key in keys.split()}
+UNSUPPORTED: dict[str, str] = {
+    "adam_eps": "write adam_epsilon",
+    "batch_size": "write gradient_accumulation_steps",
+    "bfloat16": "write bf16: true",
+    "float16": "write fp16: true",
+    "torch_dtype": "write bf16: true or fp16: true",
+    **{key: advice for advice, keys in _ADVICE.items() for key in keys.split()},
+}

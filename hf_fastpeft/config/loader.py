@@ -113,7 +113,7 @@ def _walk(node: yaml.Node, path: KeyPath, lines: Lines, problems: list[Problem],
     active.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*path, str(key.value))
+            here: KeyPath = (*path, str(key.value))
             line = key.start_mark.line + 1
             if here in lines and key.value != "<<":
                 problems.append((here, f"stands twice, first on line {lines[here]}; keep one of them"))
@@ -121,8 +121,9 @@ def _walk(node: yaml.Node, path: KeyPath, lines: Lines, problems: list[Problem],
             _walk(value, here, lines, problems, active)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            _walk(value, (*path, index), lines, problems, active)
+            here = (*path, index)
+            lines[here] = value.start_mark.line + 1
+            _walk(value, here, lines, problems, active)
     active.discard(id(node))
 
 

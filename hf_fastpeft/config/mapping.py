@@ -75,11 +75,11 @@ def assignments(config: RunConfig, *, total_steps: int | None = None) -> list[As
         ("bf16", "SFTConfig", "bf16", _bf16(config)),
         ("fp16", "SFTConfig", "fp16", _fp16(config)),
         ("tf32", "SFTConfig", "tf32", _tf32(config)),
-        ("gradient_checkpointing", "SFTConfig", "gradient_checkpointing", config.gradient_checkpointing),
+        ("gradient_checkpointing", "SFTConfig", _checkpointing(), config.gradient_checkpointing),
         (
             "gradient_checkpointing_kwargs",
             "SFTConfig",
-            "gradient_checkpointing_kwargs",
+            f"{_checkpointing()}_kwargs",
             config.gradient_checkpointing_kwargs,
         ),
         ("sequence_len", "SFTConfig", "max_length", config.sequence_len),
@@ -248,6 +248,14 @@ def _tracker_rows(config: RunConfig) -> list[tuple[str, str, str, Any]]:
         ("hub_model_id", "SFTConfig", "push_to_hub", True if config.hub_model_id else None),
     ]
     return rows
+
+
+def _checkpointing() -> str:
+    from transformers import TrainingArguments
+
+    # TODO: drop the old name at transformers>=6; 5.23 warns about it.
+    fields = TrainingArguments.__dataclass_fields__
+    return "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
 
 
 def _attention(config: RunConfig) -> str | None:

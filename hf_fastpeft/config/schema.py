@@ -78,7 +78,7 @@ class FastpeftConfig(_Strict):
 
     patch: bool = True
     """Fuse the model's forward and backward with `hf_fastpeft.patch_model`."""
-    impl: Literal["auto", "torch", "triton", "liger"] = "auto"
+    impl: Literal["auto", "torch", "triton"] = "auto"
     sora: SoraOptions = SoraOptions()
     samples: Annotated[Int, Field(ge=0, le=20)] = 0
     """Held-out prompts answered before and after training."""

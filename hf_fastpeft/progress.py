@@ -44,7 +44,7 @@ class ProgressCallback(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = {"loss": "loss", "eval_loss": "validation", "sora/kept_rank": "kept ranks"}
+        shown = {"loss": "loss", "eval_loss": "validation", "sora/kept_rank": "kept rank"}
         new = {label: _number((logs or {})[key]) for key, label in shown.items() if key in (logs or {})}
         if not new or not state.is_world_process_zero:
             return

@@ -5,7 +5,8 @@ own class. No class, module global or source of any library is touched.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MethodType, TracebackType
@@ -18,7 +19,7 @@ from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, Unknown
 from hf_fastpeft.layers import FastModule, Site
 from hf_fastpeft.ops._backend import IMPLS, Impl, use_triton
 
-__all__ = ["FAMILIES", "Family", "Patched", "patch_model", "register_family"]
+__all__ = ["FAMILIES", "Family", "Patched", "patch_model", "register_family", "stock_forwards"]
 
 # model_type -> module that defines FAMILY; families load when a model asks for them
 FAMILIES: dict[str, str] = {"llama": "hf_fastpeft.patches.llama"}
@@ -179,6 +180,22 @@ class Patched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+
+@contextmanager
+def stock_forwards(modules: Iterable[FastModule]) -> Iterator[None]:
+    """Inside, these modules run their stock forward; their records stay."""
+    swapped = []
+    try:
+        for module in modules:
+            fast, stock = type(module), module.stock_class()
+            assert stock is not None
+            if _swap(module, stock, fast) is None:
+                swapped.append((module, stock, fast))
+        yield
+    finally:
+        for module, stock, fast in swapped:
+            _swap(module, fast, stock)
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -9,21 +9,32 @@ from hf_fastpeft.blocks.projection import Stack
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
 from hf_fastpeft.ops._backend import Impl
 
-__all__ = ["Plan", "flatten", "rebuild", "tokens"]
+__all__ = ["Plan", "flatten", "rebuild", "side_dtype", "tokens"]
 
 
 class Plan(NamedTuple):
     """The part of a call that is not tensors."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the base products and the results
+    side_dtype: torch.dtype  # of the low-rank products
     impl: Impl
     factors: tuple[tuple[float, float], ...]  # (scaling, gate_scale) of each linear
 
 
 def flatten(stack: Stack, dtype: torch.dtype, impl: Impl) -> tuple[Plan, list[torch.Tensor | None]]:
     """``(plan, tensors)``: what a Function takes instead of the records."""
-    plan = Plan(dtype, impl, tuple((low.scaling, low.gate_scale) for low in stack))
+    plan = Plan(dtype, side_dtype(stack, dtype), impl, tuple((low.scaling, low.gate_scale) for low in stack))
     return plan, [tensor for low in stack for tensor in low.tensors]
+
+
+def side_dtype(stack: Stack, dtype: torch.dtype) -> torch.dtype:
+    """Where PEFT multiplies with the adapter: autocast's dtype where it is on, else the adapter's if that is wider."""
+    if torch.is_autocast_enabled(stack[0].weight.device.type) and dtype != torch.float64:
+        return dtype
+    for low in stack:
+        if low.A is not None:
+            dtype = torch.promote_types(dtype, low.A.dtype)
+    return dtype
 
 
 def rebuild(plan: Plan, tensors: Sequence[torch.Tensor | None]) -> list[LowRank]:

@@ -25,7 +25,7 @@ class _AttentionIn(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         stack = rebuild(plan, tensors)
         x_TI = tokens(x, plan.dtype)
-        outs, P_TR = project(x_TI, stack, plan.dtype)
+        outs, P_TR = project(x_TI, stack, plan.side_dtype)
         # (T, H * D) -> (B, H, S, D) as a view, the layout Hugging Face hands to attention
         q, k, v = (out.view(*x.shape[:-1], -1, head_dim).transpose(1, 2) for out in outs)
         rotate(q, k, cos, sin, q, k, plan.impl)  # in place: nobody else has seen these two
@@ -61,7 +61,7 @@ class _AttentionOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, plan: Plan, *tensors) -> torch.Tensor:
         x_TI = tokens(x, plan.dtype)
-        (out_TO,), P_TR = project(x_TI, rebuild(plan, tensors), plan.dtype)
+        (out_TO,), P_TR = project(x_TI, rebuild(plan, tensors), plan.side_dtype)
         ctx.plan, ctx.x_shape, ctx.x_dtype = plan, x.shape, x.dtype
         ctx.save_for_backward(x_TI if needs_input(ctx.needs_input_grad[2:]) else None, P_TR, *tensors)
         return out_TO.view(*x.shape[:-1], -1)

@@ -27,9 +27,9 @@ class _MLP(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, plan: Plan, *tensors) -> torch.Tensor:
         stack = rebuild(plan, tensors)
         x_TI = tokens(x, plan.dtype)
-        (gate_TF, up_TF), P_TR = project(x_TI, stack[:2], plan.dtype)
+        (gate_TF, up_TF), P_TR = project(x_TI, stack[:2], plan.side_dtype)
         hidden_TF = swiglu_fwd(gate_TF, up_TF, plan.impl)
-        (out_TI,), P_down_TR = project(hidden_TF, stack[2:], plan.dtype)
+        (out_TI,), P_down_TR = project(hidden_TF, stack[2:], plan.side_dtype)
         ctx.plan, ctx.x_shape, ctx.x_dtype = plan, x.shape, x.dtype
         keep_x = needs_input(ctx.needs_input_grad[2 : 2 + HEAD])
         ctx.save_for_backward(x_TI if keep_x else None, gate_TF, up_TF, P_TR, P_down_TR, *tensors)

@@ -7,7 +7,9 @@ For each linear i of the stack, with P = x Aᵀ and S = P * g over the ranks of 
     dx = sum_i dz_i W_i + V A;  dA = Vᵀ x;  dB_i = s_i dz_iᵀ S_i
     dg = sum_t P * U;  dW_i = dz_iᵀ x;  db_i = sum_t dz_i
 
-x is read once for all low-rank products, and nothing of the size of a weight is formed for an adapter's gradient.
+Base products run in one dtype, low-rank products in another where PEFT would run them wider: a float32 adapter on a
+half-precision base without autocast. x is read once for all low-rank products, and nothing of the size of a weight is
+formed for an adapter's gradient.
 Shape legend: T = tokens, I = in_features, O = out_features, R = ranks of the whole stack.
 """
 
@@ -27,7 +29,7 @@ Grads = list[torch.Tensor | None]
 
 @dataclass(slots=True)
 class _Adapters:
-    """The stack's adapters side by side, in the compute dtype."""
+    """The stack's adapters side by side, in the dtype of the low-rank products."""
 
     A_RI: torch.Tensor
     g_R: torch.Tensor | None  # None where every gate is one
@@ -49,7 +51,7 @@ def _adapters(stack: Stack, dtype: torch.dtype) -> _Adapters | None:
     if any(low.gate is not None for low in adapted):
         gates = torch.cat(
             [
-                low.gate.to(dtype) * low.gate_scale
+                (low.gate * low.gate_scale).to(dtype)  # rounded once
                 if low.gate is not None
                 else torch.ones(low.A.shape[0], dtype=dtype, device=low.weight.device)
                 for low in adapted
@@ -65,26 +67,36 @@ def _scaled_B(low: LowRank, dtype: torch.dtype) -> torch.Tensor:
     return B_OR if low.scaling == 1.0 else B_OR * low.scaling
 
 
-def project(x_TI: torch.Tensor, stack: Stack, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """All ``z_i`` as fresh ``(T, O)`` tensors in ``dtype``, and ``P`` ``(T, R)`` (None without adapters).
+def project(
+    x_TI: torch.Tensor, stack: Stack, side_dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """All ``z_i`` as fresh ``(T, O)`` tensors in the dtype of ``x_TI``, and ``P`` ``(T, R)`` in ``side_dtype``.
 
-    ``x_TI`` is in ``dtype``. Base products round before the low-rank term is added, as PEFT's do.
+    ``P`` is None without adapters. Base products round before the low-rank term is added, as PEFT's do.
     """
+    dtype = x_TI.dtype
     outs = [
         x_TI @ low.weight.to(dtype).t()
         if low.bias is None
         else torch.addmm(low.bias.to(dtype), x_TI, low.weight.to(dtype).t())
         for low in stack
     ]
-    side = _adapters(stack, dtype)
+    side = _adapters(stack, side_dtype)
     if side is None:
         return outs, None
-    P_TR = x_TI @ side.A_RI.t()
+    P_TR = x_TI.to(side_dtype) @ side.A_RI.t()
     S_TR = P_TR if side.g_R is None else P_TR * side.g_R
-    for out_TO, low, ranks in zip(outs, stack, side.slices, strict=True):
+    for i, (low, ranks) in enumerate(zip(stack, side.slices, strict=True)):
         if ranks is not None:
-            out_TO.addmm_(S_TR[:, ranks], _scaled_B(low, dtype).t())
+            outs[i] = _add_product(outs[i], S_TR[:, ranks], _scaled_B(low, side_dtype).t())
     return outs, P_TR
+
+
+def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``out + left @ right`` in the dtype of ``out``, through the factors' dtype where that is wider; writes to out."""
+    if out.dtype == left.dtype:
+        return out.addmm_(left, right)
+    return out.to(left.dtype).addmm_(left, right).to(out.dtype)
 
 
 def needs_input(needs: Needs) -> bool:
@@ -109,7 +121,8 @@ def project_bwd(
         each in its tensor's dtype; those of weights and A are still None.
     """
     dtype = d_outs[0].dtype
-    side = _adapters(stack, dtype)
+    side_dtype = dtype if P_TR is None else P_TR.dtype
+    side = _adapters(stack, side_dtype)
     grads: Grads = [None] * (len(stack) * TENSORS_PER_LINEAR)
     d_x_TI: torch.Tensor | None = None
     U_TR = None if P_TR is None else torch.empty_like(P_TR)
@@ -125,20 +138,21 @@ def project_bwd(
         ranks = None if side is None else side.slices[i]
         if ranks is not None:
             assert U_TR is not None and S_TR is not None and low.B is not None
-            torch.mm(d_TO, _scaled_B(low, dtype), out=U_TR[:, ranks])
+            d_side_TO = d_TO.to(side_dtype)
+            torch.mm(d_side_TO, _scaled_B(low, side_dtype), out=U_TR[:, ranks])
             if needs[at + 3]:
-                d_B = (d_TO.t() @ S_TR[:, ranks]).to(low.B.dtype)
+                d_B = (d_side_TO.t() @ S_TR[:, ranks]).to(low.B.dtype)
                 grads[at + 3] = d_B if low.scaling == 1.0 else d_B.mul_(low.scaling)
     if side is None or U_TR is None or P_TR is None:
         return d_x_TI, None, grads
     if any(needs[4::TENSORS_PER_LINEAR]):
-        d_g_R = (P_TR * U_TR).sum(0, dtype=torch.promote_types(dtype, torch.float32))
+        d_g_R = (P_TR * U_TR).sum(0, dtype=torch.promote_types(side_dtype, torch.float32))
         for i, (low, ranks) in enumerate(zip(stack, side.slices, strict=True)):
             if needs[i * TENSORS_PER_LINEAR + 4] and low.gate is not None:
                 grads[i * TENSORS_PER_LINEAR + 4] = (d_g_R[ranks] * low.gate_scale).to(low.gate.dtype)
     V_TR = U_TR if side.g_R is None else U_TR.mul_(side.g_R)
     if d_x_TI is not None:
-        d_x_TI.addmm_(V_TR, side.A_RI)
+        d_x_TI = _add_product(d_x_TI, V_TR, side.A_RI)
     return d_x_TI, V_TR, grads
 
 
@@ -157,7 +171,7 @@ def add_weight_grads(
     d_A_RI = None
     if any(needs[2::TENSORS_PER_LINEAR]):
         assert V_TR is not None and x_TI is not None
-        d_A_RI = V_TR.t() @ x_TI
+        d_A_RI = V_TR.t() @ x_TI.to(V_TR.dtype)
     start = 0
     for i, (d_TO, low) in enumerate(zip(d_outs, stack, strict=True)):
         at = i * TENSORS_PER_LINEAR

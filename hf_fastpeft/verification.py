@@ -1,0 +1,175 @@
+"""``verify``: does the patched model compute what stock computes, on the user's own batch?
+
+One forward-backward through the fused blocks and one through the stock modules of the same model, from the same random
+state; loss and every gradient are compared. In half precision both differ from the exact result by rounding, so a
+third run in float32 of a copy of the model measures stock's own error, and the fused path must stay within a factor of
+it.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fastpeft.layers import FastModule
+from hf_fastpeft.patching import patch_model, stock_forwards
+
+__all__ = ["Comparison", "Verification", "verify"]
+
+# relative difference of two float32 (float64) runs whose additions are ordered differently, over a 30-layer model
+DIRECT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+FACTOR = 2.0  # of stock's own rounding error, in half precision
+GROUP_MINIMUM = 4096  # gradients smaller than this are compared per kind, not one by one: their error is luck
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One compared quantity.
+
+    Attributes:
+        name: ``loss``, or a parameter's name.
+        error: relative difference of fused from stock, or from the float32 reference where there is one.
+        bound: largest error accepted.
+    """
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN as well."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of :func:`verify`; ``str()`` is a table."""
+
+    comparisons: tuple[Comparison, ...]
+    fused_calls: int
+    stock_reasons: dict[str, int]
+    reference: str
+
+    @property
+    def passed(self) -> bool:
+        """Every comparison passed and at least one block ran fused."""
+        return self.fused_calls > 0 and all(c.passed for c in self.comparisons)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self) | {"passed": self.passed}
+
+    def __str__(self) -> str:
+        worst = sorted(self.comparisons[1:], key=lambda c: c.error / c.bound if c.passed else float("inf"))[::-1]
+        rows = [*self.comparisons[:1], *worst[:8]]
+        width = max(len(c.name) for c in rows)
+        lines = [f"{'quantity':<{width}}  {'rel. error':>10}  {'bound':>8}"]
+        lines += [
+            f"{c.name:<{width}}  {c.error:>10.2e}  {c.bound:>8.1e}  {'ok' if c.passed else 'FAIL'}" for c in rows
+        ]
+        if len(worst) > 8:
+            failed = sum(not c.passed for c in self.comparisons)
+            lines.append(f"... {len(self.comparisons)} quantities compared, {failed} failed; the worst are shown")
+        lines += [f"ran stock: {why} ({n} calls)" for why, n in self.stock_reasons.items()]
+        if not self.fused_calls:
+            lines.append("nothing ran fused: there is nothing to verify")
+        verdict = "passed" if self.passed else "FAILED"
+        lines.append(f"verify {verdict}: {self.fused_calls} fused block calls against {self.reference}")
+        return "\n".join(lines)
+
+
+def _step(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Loss and gradients by name, on the CPU in float64; the model's own ``.grad`` are left as they were."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)  # the same dropout masks in every run
+        loss = model(**batch).loss
+        if loss is None:
+            raise ValueError("verify: the model returned no loss; the batch needs labels")
+        grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    found = {name: g.detach().double().cpu() for (name, _), g in zip(named, grads, strict=True) if g is not None}
+    return {"loss": loss.detach().double().cpu().reshape(1), **found}
+
+
+def _group(name: str, size: int) -> str:
+    """Small gradients are pooled by their last two name parts, over all layers."""
+    return name if size >= GROUP_MINIMUM or name == "loss" else "*." + ".".join(name.split(".")[-3:])
+
+
+def _errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative error a group; infinite where one side has a gradient that the other lacks."""
+    difference: dict[str, torch.Tensor] = {}
+    size: dict[str, torch.Tensor] = {}
+    for name in sorted(got.keys() | want.keys()):
+        if name not in got or name not in want:
+            difference[name], size[name] = torch.tensor(float("inf")), torch.tensor(1.0)
+            continue
+        group = _group(name, want[name].numel())
+        difference[group] = difference.get(group, torch.zeros(())) + (got[name] - want[name]).square().sum()
+        size[group] = size.get(group, torch.zeros(())) + want[name].square().sum()
+    return {g: (difference[g].sqrt() / size[g].sqrt().clamp_min(1e-30)).item() for g in difference}
+
+
+def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
+    """Compare the patched model with stock on one batch: loss and every gradient.
+
+    Neither parameters nor ``.grad`` change. A model that is not patched is patched for the comparison and restored.
+    Runs in the model's current mode (``train()`` or ``eval()``) with gradients on, from one random state, so dropout
+    draws the same masks. In half precision a float32 copy of the model is needed: twice its memory again.
+
+    Args:
+        model: a transformers model or PeftModel with something to train.
+        batch: what the model's forward takes, with ``labels``; tensors on the model's device.
+
+    Returns:
+        A :class:`Verification`: ``.passed``, ``.to_json()``, and a table as ``str()``.
+
+    Raises:
+        ValueError: no trainable parameter, or no loss from this batch.
+        FastPeftError: the model cannot be patched; see :func:`hf_fastpeft.patch_model`.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("verify: the model has no trainable parameter; add an adapter or unfreeze something")
+    patched_here = None if any(isinstance(m, FastModule) for m in model.modules()) else patch_model(model)
+    try:
+        fast_modules = [m for m in model.modules() if isinstance(m, FastModule)]
+        before = [(sum(m._fastpeft.fused.values()), dict(m._fastpeft.stock)) for m in fast_modules]
+        got = _step(model, batch)
+        fused_calls, reasons = 0, dict[str, int]()
+        for module, (fused, stock) in zip(fast_modules, before, strict=True):
+            fused_calls += sum(module._fastpeft.fused.values()) - fused
+            for (block, why), n in module._fastpeft.stock.items():
+                calls = n - stock.get((block, why), 0)
+                if calls:
+                    reasons[f"{block}: {why}"] = reasons.get(f"{block}: {why}", 0) + calls
+        with stock_forwards(fast_modules):
+            want = _step(model, batch)
+            dtypes = {p.dtype for p in model.parameters()}
+            device = next(model.parameters()).device.type
+            half = bool(dtypes & {torch.float16, torch.bfloat16}) or torch.is_autocast_enabled(device)
+            if not half:
+                tolerance = DIRECT_TOLERANCE[torch.float32 if torch.float32 in dtypes else torch.float64]
+                compared = [Comparison(n, e, tolerance) for n, e in _errors(got, want).items()]
+                reference = "stock"
+            else:
+                with torch.autocast(device, enabled=False):
+                    exact = _step(copy.deepcopy(model).float(), batch)
+                own, stocks = _errors(got, exact), _errors(want, exact)
+                # the loss is one number, whose rounding error can be zero by luck: bounded by the dtype's own step
+                floor = torch.finfo(torch.bfloat16 if torch.bfloat16 in dtypes else torch.float16).eps
+                compared = [
+                    Comparison(n, e, FACTOR * stocks.get(n, 0.0) + (floor if n == "loss" else floor / 8))
+                    for n, e in own.items()
+                ]
+                reference = f"{FACTOR:g} times stock's own error, both against float32"
+    finally:
+        if patched_here is not None:
+            patched_here.restore()
+    compared.sort(key=lambda c: c.name != "loss")
+    return Verification(tuple(compared), fused_calls, reasons, reference)

@@ -1,0 +1,523 @@
+"""patch_model: parity with stock, fallback for what cannot be exact, and leaving no trace."""
+
+import copy
+import io
+
+import pytest
+import torch
+from adapters import adapted_llama, step, token_batch, twin
+from numerics import FLOAT64_REL, assert_no_worse, rel_err
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+
+from hf_fastpeft import patch_model
+from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
+from hf_fastpeft.layers import FastModule
+
+BATCH = token_batch()
+LINEAR_BLOCKS = ("attention_in", "attention_out", "mlp")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:SoRA. gates are not being pruned"),
+    # transformers deprecates a name that PEFT 0.21 still calls
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def assert_parity(stock, fast, batch=BATCH, tol=FLOAT64_REL):
+    want_loss, want = step(stock, batch)
+    got_loss, got = step(fast, batch)
+    assert rel_err(got_loss, want_loss) < tol
+    assert got.keys() == want.keys()
+    for name in want:
+        assert rel_err(got[name], want[name]) < tol, name
+
+
+def calls(patched):
+    blocks = patched.to_json()["blocks"]
+    return {name: (row["calls_fused"], row["calls_stock"]) for name, row in blocks.items()}
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("method", ["lora", "rslora", "sora"])
+def test_loss_and_every_gradient_in_float64(method, biases):
+    stock = adapted_llama(method, attention_bias=biases, mlp_bias=biases)
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert_parity(stock, fast)
+    for block in LINEAR_BLOCKS:
+        assert calls(patched)[block] == (2, {})
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["o_proj", "gate_proj"], ["k_proj"]])
+def test_partial_targets_stay_fused(targets):
+    stock = adapted_llama("lora", config={"target_modules": targets})
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert_parity(stock, fast)
+    assert calls(patched)["attention_in"] == (2, {})
+
+
+def test_different_ranks_a_module():
+    stock = adapted_llama("lora", config={"rank_pattern": {"q_proj": 1, "up_proj": 9}, "alpha_pattern": {"v_proj": 3}})
+    fast = twin(stock)
+    patch_model(fast)
+    assert_parity(stock, fast)
+
+
+def test_full_fine_tuning_without_adapters():
+    stock = tiny_llama(torch.float64, attention_bias=True, mlp_bias=True).train()
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert_parity(stock, fast)
+    assert calls(patched)["mlp"] == (2, {})
+
+
+def test_trained_norms_in_float32():
+    stock = adapted_llama("lora", torch.float32, config={"modules_to_save": ["input_layernorm", "norm"]})
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert_parity(stock, fast, tol=2e-5)
+    assert calls(patched)["rms_norm"] == (5, {})
+
+
+@pytest.mark.parametrize("method", ["lora", "sora"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter_float32", [False, True])
+def test_low_precision_is_no_worse_than_stock(method, dtype, autocast, adapter_float32):
+    """Errors over four batches together: a single small gradient in one batch can be exact by luck."""
+    stock = adapted_llama(method, dtype, adapter_float32)
+    fast, exact = twin(stock), twin(stock).double()
+    patched = patch_model(fast)
+    runs = []
+    for seed in range(4):
+        batch = token_batch(seed=seed)
+        want = step(exact, batch)[1] | {"logits": exact(**batch).logits}
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            base = step(stock, batch)[1] | {"logits": stock(**batch).logits}
+            got = step(fast, batch)[1] | {"logits": fast(**batch).logits}
+        runs.append((got, base, want))
+    for name in want:
+        assert got[name].dtype == base[name].dtype
+        assert_no_worse(name, *(torch.stack([run[i][name] for run in runs]).detach() for i in range(3)))
+    assert all(stock_calls == {} for _, stock_calls in calls(patched).values())
+
+
+def test_patching_before_peft_equals_patching_after():
+    torch.manual_seed(1)
+    before = tiny_llama(torch.float64)
+    patched = patch_model(before)
+    before = get_peft_model(before, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    stock = get_peft_model(tiny_llama(torch.float64), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    stock.load_state_dict(before.state_dict())
+    assert_parity(stock.train(), before.train())
+    assert calls(patched)["mlp"] == (2, {})
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_recomputes_and_agrees(use_reentrant):
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patched = patch_model(fast)
+    for model in (m.get_base_model() for m in (stock, fast)):
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_parity(stock, fast)
+    assert calls(patched)["mlp"] == (4, {})  # two layers, forward and recompute
+
+
+def test_accumulated_gradients():
+    stock = adapted_llama("sora")
+    fast = twin(stock)
+    patch_model(fast)
+    for model in (stock, fast):
+        for seed in range(3):
+            model(**token_batch(seed=seed)).loss.backward()
+    want = dict(stock.named_parameters())
+    for name, parameter in fast.named_parameters():
+        if parameter.grad is not None:
+            assert rel_err(parameter.grad, want[name].grad) < FLOAT64_REL
+
+
+def test_retained_graph_gives_the_same_gradients_twice():
+    model = adapted_llama("sora", torch.float32)
+    patch_model(model)
+    loss = model(**BATCH).loss
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_implementations_and_their_outputs(attention):
+    stock = adapted_llama("lora", attn_implementation=attention)
+    fast = twin(stock)
+    patch_model(fast)
+    # eager attention gives NaN for a fully masked row, in stock too: no padding here
+    batch = {k: v for k, v in BATCH.items() if k != "attention_mask"}
+    assert_parity(stock, fast, batch)
+    want, got = (m(**batch, output_hidden_states=True, output_attentions=attention == "eager") for m in (stock, fast))
+    for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    if attention == "eager":
+        assert len(got.attentions) == 2
+
+
+def test_packed_rows_with_position_ids():
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast)
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None]
+    batch = {k: v[:1] for k, v in BATCH.items() if k != "attention_mask"} | {"position_ids": positions}
+    assert_parity(stock, fast, batch)
+
+
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 2), (5, 3), (2, 1)])
+def test_small_shapes(batch, seq_len):
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast)
+    ids = token_batch(batch, seq_len)["input_ids"]
+    for model in (stock, fast):
+        model.zero_grad()
+        model(ids).logits.pow(2).sum().backward()
+    want = dict(stock.named_parameters())
+    for name, parameter in fast.named_parameters():
+        if parameter.grad is not None:
+            error = (parameter.grad - want[name].grad).norm()  # queries and keys of one position have no gradient
+            assert error < FLOAT64_REL * max(1e-3, want[name].grad.norm().item()), name
+
+
+def test_frozen_adapter_passes_the_gradient_through():
+    stock = adapted_llama("sora")
+    for parameter in stock.parameters():
+        parameter.requires_grad_(False)
+    fast = twin(stock)
+    patch_model(fast)
+    embedded = stock.get_input_embeddings()(BATCH["input_ids"])
+    grads = []
+    for model in (stock, fast):
+        leaf = embedded.clone().requires_grad_()
+        model(inputs_embeds=leaf, labels=BATCH["labels"]).loss.backward()
+        grads.append(leaf.grad)
+    assert rel_err(grads[1], grads[0]) < FLOAT64_REL
+
+
+def test_nan_is_not_hidden():
+    model = adapted_llama("lora", torch.float32)
+    patch_model(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BATCH["input_ids"][0, 5]] = float("nan")
+    assert torch.isnan(model(**BATCH).loss)
+
+
+def dropout(model):
+    for module in model.modules():
+        if "default" in getattr(module, "lora_dropout", {}):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.3)
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+
+
+def two_adapters(model):
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def hooked(model):
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj.lora_A.default", "o_proj.base_layer", "up_proj")):
+            module.register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def foreign_forward(model):
+    for name, module in model.named_modules():
+        if name.endswith(("v_proj", "o_proj", "down_proj")):
+            stock = module.forward
+            module.forward = lambda x, stock=stock: 2 * stock(x)
+
+
+STATES = {
+    dropout: "dropout p=0.3",
+    merged: "adapter merged",
+    disabled: "adapters disabled",
+    two_adapters: "2 active adapters",
+    hooked: "hooks on Linear",
+    foreign_forward: "Linear has a forward of its own",
+}
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore:.*multiple adapters.*|Already found a `peft_config`")
+def test_what_cannot_be_exact_runs_stock_bit_for_bit(state):
+    stock = adapted_llama("lora", torch.float64)
+    fast = twin(stock)
+    for model in (stock, fast):
+        torch.manual_seed(3)
+        state(model)
+    patched = patch_model(fast)
+    torch.manual_seed(4)
+    want = stock(**BATCH)
+    torch.manual_seed(4)
+    got = fast(**BATCH)
+    assert torch.equal(got.logits, want.logits)
+    for block in LINEAR_BLOCKS:
+        fused, reasons = calls(patched)[block]
+        assert fused == 0
+        assert all(STATES[state] in reason for reason in reasons), reasons
+    assert STATES[state] in patched.report()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"use_dora": True}, "LoRA variant DoraLinearVariant"),
+        ({"lora_bias": True}, "lora_B is Linear with bias"),
+    ],
+)
+def test_lora_options_without_a_fused_form_run_stock(config, reason):
+    stock = adapted_llama("lora", config=config, attention_bias=True, mlp_bias=True)
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert torch.equal(fast(**BATCH).logits, stock(**BATCH).logits)
+    for block in LINEAR_BLOCKS:
+        ((why, n),) = calls(patched)[block][1].items()
+        assert reason in why
+        assert n == 2
+
+
+def test_states_are_followed_within_a_run():
+    """Disable, merge, unmerge and enable between steps: each forward does what stock does in that state."""
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patched = patch_model(fast)
+    for change in ("disable_adapter_layers", "enable_adapter_layers", "merge_adapter", "unmerge_adapter"):
+        for model in (stock, fast):
+            getattr(model, change, None) or getattr(model.base_model, change)
+            getattr(model.base_model, change)()
+        torch.testing.assert_close(fast(**BATCH).logits, stock(**BATCH).logits, rtol=1e-9, atol=1e-9)
+    fused, reasons = calls(patched)["mlp"]
+    assert fused == 4
+    assert reasons == {"gate_proj: adapters disabled": 2, "gate_proj: adapter merged": 2}
+
+
+def test_unknown_activation_runs_stock():
+    model = adapted_llama("lora", hidden_act="gelu")
+    patched = patch_model(model)
+    assert patched.to_json()["blocks"]["mlp"]["stock"] == {"activation GELUActivation": 2}
+
+
+def test_restore_is_bitwise_and_leaves_no_trace():
+    model = adapted_llama("lora", torch.float32)
+    classes = [type(m) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    want = step(model, BATCH)
+    patched = patch_model(model)
+    assert any(isinstance(m, FastModule) for m in model.modules())
+    step(model, BATCH)
+    patched.restore()
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    got = step(model, BATCH)
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(got[1][n], want[1][n]) for n in want[1])
+    patched.restore()  # twice changes nothing
+
+
+def test_context_manager_restores():
+    model = tiny_llama()
+    with patch_model(model) as patched:
+        assert any(isinstance(m, FastModule) for m in patched.model.modules())
+    assert not any(isinstance(m, FastModule) for m in model.modules())
+
+
+def test_a_second_model_stays_stock_bit_for_bit():
+    first, second = adapted_llama("lora", torch.float32), adapted_llama("lora", torch.float32)
+    want = step(second, BATCH)
+    patch_model(first)
+    step(first, BATCH)
+    got = step(second, BATCH)
+    assert torch.equal(got[0], want[0])
+    assert all(torch.equal(got[1][n], want[1][n]) for n in want[1])
+
+
+def test_state_dict_keys_never_change(tmp_path):
+    model = adapted_llama("lora", torch.float32)
+    keys = list(model.state_dict())
+    patch_model(model)
+    step(model, BATCH)
+    assert list(model.state_dict()) == keys
+
+
+def test_copies_and_pickles_work_on_their_own():
+    model = adapted_llama("lora", torch.float64)
+    patch_model(model)
+    want = step(model, BATCH)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(step(other, BATCH)[0], want[0])
+        with torch.no_grad():
+            next(p for n, p in other.named_parameters() if "lora_B" in n).zero_()
+    assert torch.equal(step(model, BATCH)[0], want[0])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_is_stocks(cache):
+    stock = adapted_llama("lora", torch.float32).eval()
+    fast = twin(stock)
+    patch_model(fast)
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
+    prompt = {k: BATCH[k][2:] for k in ("input_ids", "attention_mask")}
+    assert torch.equal(fast.generate(**prompt, **options), stock.generate(**prompt, **options))
+
+
+def test_a_cache_filled_while_training_is_right():
+    stock = adapted_llama("lora", torch.float64)
+    fast = twin(stock)
+    patch_model(fast)
+    ids = BATCH["input_ids"][2:]
+    for model in (stock, fast):
+        first = model(ids[:, :9], use_cache=True)
+        second = model(ids[:, 9:], past_key_values=first.past_key_values)
+        model.result = second.logits.detach()
+    torch.testing.assert_close(fast.result, stock.result, rtol=1e-9, atol=1e-9)
+
+
+def test_saved_tensors_of_a_layer():
+    """The save lists: input, P, cos/sin and parameters for attention; input, gate, up, P for the MLP."""
+    model = adapted_llama("lora", torch.float32, num_hidden_layers=1)
+    patch_model(model)
+    ids = BATCH["input_ids"]
+    tokens, hidden, intermediate, kv, rank = ids.numel(), 32, 64, 16, 4
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    layer = model.base_model.model.model.layers[0]
+    x = torch.randn(*ids.shape, hidden, requires_grad=True)
+    angles = torch.randn(1, ids.shape[1], 8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer.mlp(x)
+        mlp_bytes = sum(kept.values())
+        kept.clear()
+        layer.self_attn._project_in(x, angles.cos(), angles.sin())
+        in_bytes = sum(kept.values())
+    x_bytes = tokens * hidden * 4
+    assert mlp_bytes == x_bytes + tokens * (2 * intermediate + 3 * rank) * 4
+    assert in_bytes == x_bytes + tokens * 3 * rank * 4 + 2 * ids.shape[1] * 8 * 4
+    assert kv  # q, k and v themselves are kept by the attention call, not by the block
+
+
+def test_accelerate_hooks_before_and_after():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = tiny_llama(torch.float64).train()
+    want = step(model, BATCH)
+    for layer in model.model.layers:
+        add_hook_to_module(layer.mlp, ModelHook())
+    patched = patch_model(model)
+    for layer in model.model.layers:
+        add_hook_to_module(layer.self_attn, ModelHook())
+    got = step(model, BATCH)
+    assert rel_err(got[0], want[0]) < FLOAT64_REL
+    assert calls(patched)["mlp"] == (2, {})
+    assert calls(patched)["attention_in"] == (2, {})
+    for layer in model.model.layers:
+        remove_hook_from_module(layer.mlp)
+        remove_hook_from_module(layer.self_attn)
+    patched.restore()
+    assert not any("forward" in vars(m) and isinstance(m, FastModule) for m in model.modules())
+    assert torch.equal(step(model, BATCH)[0], want[0])
+
+
+def test_a_foreign_forward_on_a_block_is_left_alone():
+    model = tiny_llama(torch.float64)
+    block = model.model.layers[0].mlp
+    block.forward = lambda x: 0 * x
+    patched = patch_model(model)
+    assert type(block).__qualname__ == "LlamaMLP"
+    assert "foreign forward" in patched.skipped["model.layers.0.mlp"]
+    assert "model.layers.0.mlp" in patched.report()
+
+
+def test_names_stay_for_policies_that_choose_by_name():
+    model = tiny_llama()
+    patch_model(model)
+    layer = model.model.layers[0]
+    assert type(layer.mlp).__name__ == "LlamaMLP"
+    assert type(layer.mlp).__qualname__ == "FastLlamaMLP"
+
+
+def test_only_some_classes():
+    model = tiny_llama()
+    patched = patch_model(model, only={"LlamaRMSNorm"})
+    assert set(patched.to_json()["blocks"]) == {"rms_norm"}
+    with pytest.raises(NothingToPatchError, match=r"only=\['Norm'\]; possible: \['LlamaAttention', 'LlamaMLP'"):
+        patch_model(tiny_llama(), only={"Norm"})
+
+
+def test_report_json_is_json():
+    import json
+
+    model = adapted_llama("lora")
+    patched = patch_model(model)
+    step(model, BATCH)
+    data = json.loads(json.dumps(patched.to_json()))
+    assert data["blocks"]["mlp"] == {
+        "modules": 2, "fused": 2, "stock": {}, "calls_fused": 2, "calls_stock": {},
+    }  # fmt: skip
+    assert data["model_type"] == "llama"
+
+
+def test_impl_triton_runs_the_kernels():
+    stock = adapted_llama("lora", torch.float32, num_hidden_layers=1)
+    fast = twin(stock)
+    patch_model(fast, impl="triton")
+    ids = token_batch(1, 4)["input_ids"]
+    assert_parity(stock, fast, {"input_ids": ids, "labels": ids}, tol=1e-5)
+
+
+def test_errors():
+    class Other(torch.nn.Module):
+        config = type("Config", (), {"model_type": "foo"})()
+
+    with pytest.raises(UnknownFamilyError, match=r"model_type='foo' \(Other\); known: llama"):
+        patch_model(Other())
+    with pytest.raises(UnknownFamilyError, match="model_type=None"):
+        patch_model(torch.nn.Linear(2, 2))
+    with pytest.raises(NothingToPatchError, match="1 norms only"):
+        patch_model(tiny_llama(num_hidden_layers=0))
+    with pytest.raises(ValueError, match="impl='cuda'; possible: 'auto', 'triton', 'torch'"):
+        patch_model(tiny_llama(), impl="cuda")
+    with pytest.raises(RuntimeError, match="impl='triton' needs"):
+        patch_model(tiny_llama(torch.float64), impl="triton")
+    model = tiny_llama()
+    patch_model(model)
+    with pytest.raises(AlreadyPatchedError, match="9 modules of this model are patched already"):
+        patch_model(model)
+    with pytest.raises(
+        NothingToPatchError, match=r"already wrapped \(OptimizedModule\); patch it before torch.compile"
+    ):
+        patch_model(torch.compile(tiny_llama()))
+
+
+def test_a_compiled_patched_model_agrees():
+    stock = adapted_llama("lora", torch.float32)
+    fast = twin(stock)
+    patched = patch_model(fast)
+    compiled = torch.compile(fast, backend="eager")
+    torch.testing.assert_close(compiled(**BATCH).logits, stock(**BATCH).logits, rtol=1e-4, atol=1e-5)
+    patched.restore()

@@ -1,0 +1,79 @@
+"""verify: passes on our blocks, fails on planted mistakes, leaves the model as it was."""
+
+import json
+
+import pytest
+import torch
+from adapters import adapted_llama, token_batch
+from tiny import tiny_llama
+
+from hf_fastpeft import patch_model, verify
+from hf_fastpeft.blocks import projection
+from hf_fastpeft.layers import FastModule
+
+BATCH = token_batch()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:SoRA. gates are not being pruned"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+@pytest.mark.parametrize("method", ["lora", "sora"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_passes_and_changes_nothing(method, dtype):
+    model = adapted_llama(method, dtype)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    result = verify(model, BATCH)
+    assert result.passed, str(result)
+    assert result.fused_calls >= 6
+    assert not any(isinstance(m, FastModule) for m in model.modules())
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+    assert "verify passed" in str(result)
+    assert json.loads(json.dumps(result.to_json()))["passed"]
+
+
+def test_a_patched_model_stays_patched():
+    model = adapted_llama("lora")
+    patched = patch_model(model)
+    assert verify(model, BATCH).passed
+    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 2
+    assert any(isinstance(m, FastModule) for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mistake", ["scaling", "missing_gate_gradient"])
+def test_finds_planted_mistakes(mistake, dtype, monkeypatch):
+    model = adapted_llama("sora", dtype)
+    if mistake == "scaling":
+        stock = projection._scaled_B
+        monkeypatch.setattr(projection, "_scaled_B", lambda low, dtype: 1.1 * stock(low, dtype))
+    else:
+        from hf_fastpeft.blocks import mlp
+
+        stock_bwd = projection.project_bwd
+
+        def forgetful(d_outs, P, stack, needs, *, need_dx):
+            d_x, V, grads = stock_bwd(d_outs, P, stack, needs, need_dx=need_dx)
+            return d_x, V, [None if i % 5 == 4 else g for i, g in enumerate(grads)]
+
+        monkeypatch.setattr(mlp, "project_bwd", forgetful)
+    result = verify(model, BATCH)
+    assert not result.passed
+    assert "FAIL" in str(result)
+    assert "verify FAILED" in str(result)
+
+
+def test_nothing_fused_is_no_pass():
+    model = adapted_llama("lora", torch.float64, config={"lora_dropout": 0.5})
+    result = verify(model, BATCH)
+    assert not result.passed
+    assert "mlp: gate_proj: dropout p=0.5" in str(result)
+    assert "nothing ran fused" in str(result)
+
+
+def test_errors():
+    frozen = tiny_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        verify(frozen, BATCH)
+    with pytest.raises(ValueError, match="the batch needs labels"):
+        verify(tiny_llama(), {"input_ids": BATCH["input_ids"]})

@@ -60,11 +60,10 @@ class Example:
 
 @dataclass(frozen=True)
 class RunData:
-    """Examples of a run, and what its reader should be told."""
+    """Examples to train on, and those kept for validation (may be empty)."""
 
     train: list[Example]
     held_out: list[Example]
-    notices: list[str]
 
 
 def read_data(config: RunConfig) -> RunData:
@@ -89,7 +88,7 @@ def read_data(config: RunConfig) -> RunData:
     limit = config.fastpeft.eval_rows
     if limit is not None and limit < len(held_out):
         held_out = shuffler.sample(held_out, limit)
-    return RunData(train, held_out, [])
+    return RunData(train, held_out)
 
 
 def load_examples(entry: DatasetConfig) -> list[Example]:

@@ -43,6 +43,8 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, *, title: str, b
                 textcoords="offset points",
                 color=_ORANGE,
                 ha="left" if step == x[0] else "right",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+                zorder=5,
             )
     axis.set(xlabel="optimizer step", ylabel="cross-entropy (nats per learned token)", title=f"Loss: {title}")
     axis.grid(alpha=0.25)

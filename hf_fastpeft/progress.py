@@ -46,7 +46,8 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         shown = {"loss": "loss", "eval_loss": "validation", "sora/kept_rank": "kept rank"}
         new = {label: _number((logs or {})[key]) for key, label in shown.items() if key in (logs or {})}
-        if not new or not state.is_world_process_zero:
+        scored = {"loss", "validation"} & set(new)  # not the summary at the end, which repeats the last step
+        if not scored or not state.is_world_process_zero:
             return
         self._values.update(new)
         if self._bar is not None:

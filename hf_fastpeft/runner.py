@@ -355,7 +355,7 @@ def _method_callbacks(config: RunConfig) -> tuple[Any, Any]:
 
 
 def model_and_batch(config: RunConfig, rows: int, *, notify: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The run's model with its adapter in training mode, and one batch of its first training rows.
+    """The run's model in training mode, with an adapter that does something, and a batch of its first training rows.
 
     Raises:
         ConfigError: see `train`.
@@ -375,7 +375,14 @@ def model_and_batch(config: RunConfig, rows: int, *, notify: Any = None) -> tupl
 
         if config.is_quantized:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, loaded.adapter)
+        with _told_how_to_go_on():
+            model = get_peft_model(model, loaded.adapter)
+        # A new adapter's B is zero, which makes the gradients of A and of a gate zero whatever computes them.
+        generator = torch.Generator().manual_seed(config.seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+                parameter.data.copy_(noise)
     pad = tokenizer.pad_token_id or 0
     longest = max(len(row["input_ids"]) for row in encoded)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}

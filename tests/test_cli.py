@@ -69,8 +69,9 @@ def test_info_names_versions_families_and_sources():
         assert part in shown.output
 
 
-def test_verify_compares_a_run_with_stock(run_file):
-    checked = call("verify", run_file)
+@pytest.mark.parametrize("adapter", ["lora", "sora"])
+def test_verify_compares_a_run_with_stock(run_file, adapter):
+    checked = call("verify", run_file, "--set", f"adapter={adapter}")
     assert checked.exit_code == 0, checked.output
 
 

@@ -103,7 +103,7 @@ class RunConfig(_Strict):
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     lora_r: PositiveInt = 8
-    lora_alpha: Annotated[Float, Field(gt=0)] = 16
+    lora_alpha: PositiveInt = 16
     lora_dropout: BelowOne = 0.0
     lora_target_modules: list[str] | str | None = None
     """Last name parts, or one regular expression over full names."""

@@ -60,6 +60,11 @@ class FastModule(nn.Module):
         below = [base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, FastModule)]
         return below[0] if below and below[0] is not nn.Module else None
 
+    @classmethod
+    def tolerates(cls, forward: Any) -> bool:
+        """Whether a module with this foreign instance ``forward`` can be patched all the same."""
+        return False
+
     def obstacle(self, block: str) -> str | None:
         """Why ``block`` would run stock if it were called in training now; None if it would be fused."""
         raise NotImplementedError

@@ -78,20 +78,26 @@ WRAPPERS = {
 }
 
 
-def _swap(module: nn.Module, fast: type[nn.Module], before: type[nn.Module]) -> str | None:
-    """Set ``module.__class__``; returns why not, where another library holds the module's forward."""
-    hooked = module.__dict__.get("_old_forward")  # accelerate keeps the bound stock forward here
-    own = module.__dict__.get("forward")
-    if hooked is not None:
-        if getattr(hooked, "__func__", None) is not before.forward:
-            return "accelerate hook over a foreign forward"
-        module.__dict__["_old_forward"] = MethodType(fast.forward, module)
-    elif own is not None:
-        if getattr(own, "__func__", None) is not before.forward:
-            return "foreign forward on this instance (another library patched it)"
-        del module.__dict__["forward"]  # left behind when accelerate's hook was removed; it would shadow the class
-    module.__class__ = fast
-    return None
+def _held_by_others(module: nn.Module, fast: type[FastModule]) -> str | None:
+    """Why the module must be left alone: another library holds its forward. None if it may be swapped."""
+    stock = type(module)
+    hooked, own = module.__dict__.get("_old_forward"), module.__dict__.get("forward")
+    if hooked is not None:  # accelerate keeps the bound stock forward here, and its hook in ``forward``
+        mine = getattr(hooked, "__func__", None) is stock.forward
+        return None if mine else "accelerate hook over a foreign forward"
+    if own is None or getattr(own, "__func__", None) is stock.forward or fast.tolerates(own):
+        return None
+    return "foreign forward on this instance (another library patched it)"
+
+
+def _set_class(module: nn.Module, to: type[nn.Module]) -> None:
+    """``module.__class__ = to``, with the bound forwards that accelerate keeps on the instance following along."""
+    before, state = type(module), module.__dict__
+    if getattr(state.get("_old_forward"), "__func__", None) is before.forward:
+        state["_old_forward"] = MethodType(to.forward, module)
+    if getattr(state.get("forward"), "__func__", None) is before.forward:
+        del state["forward"]  # left behind when accelerate's hook was removed; it would shadow the class
+    module.__class__ = to
 
 
 @dataclass
@@ -121,10 +127,10 @@ class Patched:
     def restore(self) -> nn.Module:
         """Give every module its stock class back; returns the model. Restoring twice changes nothing."""
         for _, module in list(self.modules()):
-            fast, stock = type(module), module.stock_class()
+            stock = module.stock_class()
             assert stock is not None
-            if _swap(module, stock, fast) is None:
-                del module._fastpeft
+            del module._fastpeft
+            _set_class(module, stock)
         return self.model
 
     def to_json(self) -> dict[str, Any]:
@@ -185,17 +191,16 @@ class Patched:
 @contextmanager
 def stock_forwards(modules: Iterable[FastModule]) -> Iterator[None]:
     """Inside, these modules run their stock forward; their records stay."""
-    swapped = []
+    swapped = [(module, type(module)) for module in modules]
     try:
-        for module in modules:
-            fast, stock = type(module), module.stock_class()
+        for module, fast in swapped:
+            stock = fast.stock_class()
             assert stock is not None
-            if _swap(module, stock, fast) is None:
-                swapped.append((module, stock, fast))
+            _set_class(module, stock)
         yield
     finally:
-        for module, stock, fast in swapped:
-            _swap(module, fast, stock)
+        for module, fast in swapped:
+            _set_class(module, fast)
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -242,10 +247,10 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: Collection[str] 
         )
     _refuse_wrapped(model)
     matched = [(path, module) for path, module in model.named_modules() if type(module) in swaps]
-    if not any("rms_norm" not in swaps[type(module)].blocks for _, module in matched) and only is None:
+    if not any(hasattr(swaps[type(module)], "linears") for _, module in matched) and only is None:
         raise NothingToPatchError(
-            f"patch_model: {type(model).__name__} has no {' or '.join(s.__name__ for s in swaps)} whose linears could "
-            f"be fused ({len(matched)} norms only)"
+            f"patch_model: {type(model).__name__} has no {' or '.join(s.__name__ for s in swaps)} with linears to "
+            f"fuse; found: {', '.join(sorted({type(module).__name__ for _, module in matched})) or 'none of them'}"
         )
     if impl == "triton":
         for parameter in model.parameters():
@@ -256,9 +261,10 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: Collection[str] 
     for path, module in matched:
         stock = type(module)
         found.add(stock)
-        reason = _swap(module, swaps[stock], stock)
+        reason = _held_by_others(module, swaps[stock])
         if reason is None:
             module._fastpeft = Site(impl)
+            _set_class(module, swaps[stock])
         else:
             patched.skipped[path] = reason
     patched.unmatched = tuple(stock.__name__ for stock in swaps if stock not in found)

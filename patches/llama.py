@@ -2,10 +2,11 @@
 
 from transformers.models.llama import modeling_llama as stock
 
+from hf_fastpeft.causal_lm import FastCausalLM
 from hf_fastpeft.layers import FastAttention, FastMLP, FastRMSNorm
 from hf_fastpeft.patching import Family
 
-__all__ = ["FAMILY", "FastLlamaAttention", "FastLlamaMLP", "FastLlamaRMSNorm"]
+__all__ = ["FAMILY", "FastLlamaAttention", "FastLlamaForCausalLM", "FastLlamaMLP", "FastLlamaRMSNorm"]
 
 
 class FastLlamaRMSNorm(FastRMSNorm, stock.LlamaRMSNorm):
@@ -23,4 +24,8 @@ class FastLlamaAttention(FastAttention, stock.LlamaAttention):
     stock_rotary = staticmethod(stock.apply_rotary_pos_emb)
 
 
-FAMILY = Family("llama", (FastLlamaRMSNorm, FastLlamaAttention, FastLlamaMLP))
+class FastLlamaForCausalLM(FastCausalLM, stock.LlamaForCausalLM):
+    """``LlamaForCausalLM`` with TRL's head served by our block."""
+
+
+FAMILY = Family("llama", (FastLlamaRMSNorm, FastLlamaAttention, FastLlamaMLP, FastLlamaForCausalLM))

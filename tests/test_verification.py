@@ -1,6 +1,7 @@
 """verify: passes on our blocks, fails on planted mistakes, leaves the model as it was."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from hf_fastpeft.layers import FastModule
 BATCH = token_batch()
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SoRA. gates are not being pruned"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 
@@ -48,15 +48,13 @@ def test_finds_planted_mistakes(mistake, dtype, monkeypatch):
         stock = projection._scaled_B
         monkeypatch.setattr(projection, "_scaled_B", lambda low, dtype: 1.1 * stock(low, dtype))
     else:
-        from hf_fastpeft.blocks import mlp
-
         stock_bwd = projection.project_bwd
 
         def forgetful(d_outs, P, stack, needs, *, need_dx):
             d_x, V, grads = stock_bwd(d_outs, P, stack, needs, need_dx=need_dx)
             return d_x, V, [None if i % 5 == 4 else g for i, g in enumerate(grads)]
 
-        monkeypatch.setattr(mlp, "project_bwd", forgetful)
+        monkeypatch.setattr(import_module("hf_fastpeft.blocks.mlp"), "project_bwd", forgetful)
     result = verify(model, BATCH)
     assert not result.passed
     assert "FAIL" in str(result)

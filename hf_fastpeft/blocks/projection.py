@@ -93,7 +93,7 @@ def project(
 
 
 def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``out + left @ right`` in the dtype of ``out``, through the factors' dtype where that is wider; writes to out."""
+    """``out + left @ right`` in the dtype of ``out``, through the factors' dtype where that is wider."""
     if out.dtype == left.dtype:
         return out.addmm_(left, right)
     return out.to(left.dtype).addmm_(left, right).to(out.dtype)

@@ -1,0 +1,175 @@
+"""Per-token log-probabilities through a frozen output head, with the gradient taken in the forward.
+
+For a frozen head, d log p_target / d h = (1 - p_t) W_t - sum_{j != t} p_j W_j depends on its own row only: it is built
+beside the log-sum-exp, in the same pass over the vocabulary, and the backward scales rows. That is two products of
+vocabulary size instead of three (logits, logits again, gradient), and no (tokens, vocabulary) tensor.
+
+Shape legend: N = tokens with a label, H = hidden_size, V = vocab_size, C = columns of one chunk.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_fastpeft.ops._backend import Impl
+from hf_fastpeft.ops.vocab_fold import VocabStats, fold
+
+__all__ = ["HeadOptions", "TokenStats", "lm_head_log_probs"]
+
+# tokens and vocabulary entries of one tile: a large product on a GPU, about the cache on a CPU
+TILES = {"cuda": (4096, 32768), "cpu": (512, 8192)}
+
+
+class HeadOptions(NamedTuple):
+    """How products become logits: ``z = softcap(product * scale) / temperature``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+class TokenStats(NamedTuple):
+    """Per-token results, each ``(N,)`` float32 (float64 for it); gradients flow through the first two."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    log_sum_sq_probs: torch.Tensor
+    mean_logits: torch.Tensor
+    is_top1: torch.Tensor  # bool
+
+
+def _fold_scales(options: HeadOptions) -> tuple[float, float | None]:
+    """``(scale, softcap)`` that give ``z`` in one step: the temperature divides both."""
+    if options.softcap is None:
+        return options.scale / options.temperature, None
+    return options.scale / options.temperature, options.softcap / options.temperature
+
+
+def _accumulate(acc: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``acc += left @ right`` in the accumulator's float32: sums of rounded chunks would bias the gradient."""
+    if acc.dtype == left.dtype:
+        acc.addmm_(left, right)
+    elif acc.is_cuda:
+        torch.addmm(acc, left, right, out_dtype=acc.dtype, out=acc)
+    else:
+        acc.addmm_(left.to(acc.dtype), right.to(acc.dtype))
+
+
+def _tiles(n: int, vocab: int, device: torch.device) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    tokens, entries = TILES.get(device.type, TILES["cuda"])
+    columns = [(first, min(first + entries, vocab)) for first in range(0, vocab, entries)]
+    return [(first, min(first + tokens, n), columns) for first in range(0, n, tokens)]
+
+
+def _products(h_NH: torch.Tensor, weight_CH: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    weight_CH = weight_CH.to(h_NH.dtype)
+    return h_NH @ weight_CH.t() if bias_C is None else torch.addmm(bias_C.to(h_NH.dtype), h_NH, weight_CH.t())
+
+
+class _LMHead(torch.autograd.Function):
+    """Saves the finished gradient rows; the hidden states too, for the case that the entropy carries a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: torch.Tensor, weight, bias, targets: torch.Tensor, options: HeadOptions, dtype: torch.dtype, impl
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        N, H = hidden.shape
+        wide = torch.promote_types(dtype, torch.float32)
+        stats = VocabStats.empty(N, wide, hidden.device)
+        need_grad = ctx.needs_input_grad[0]
+        others_NH = torch.zeros(N, H, dtype=wide, device=hidden.device) if need_grad else None
+        scale, softcap = _fold_scales(options)
+        for first, last, columns in _tiles(N, weight.shape[0], hidden.device):
+            h_NH, targets_N, rows = hidden[first:last].to(dtype), targets[first:last], stats.rows(first, last)
+            for start, end in columns:
+                z_NC = _products(h_NH, weight[start:end], None if bias is None else bias[start:end])
+                e_NC, rescale_N = fold(z_NC, targets_N, start, rows, scale=scale, softcap=softcap, impl=impl)
+                if others_NH is not None:
+                    part = others_NH[first:last].mul_(rescale_N.unsqueeze(1))
+                    _accumulate(part, e_NC, weight[start:end].to(dtype))
+        below_N = stats.target - stats.maximum  # the target's logit under the largest one
+        log_total_N = torch.log1p(stats.rest + torch.expm1(below_N))
+        total_N, log_z_N = stats.rest + below_N.exp(), stats.maximum + log_total_N
+        log_probs_N = below_N - log_total_N
+        entropy_N = log_z_N - stats.weighted / total_N
+        is_top1_N = stats.argmax == targets
+        gradient_NH = None
+        if others_NH is not None:
+            slope = scale if softcap is None else scale * (1 - (stats.target / softcap).square()).unsqueeze(1)
+            gradient_NH = others_NH.mul_((-scale / total_N).unsqueeze(1))
+            gradient_NH.addcmul_(weight[targets].to(wide), (stats.rest / total_N).unsqueeze(1) * slope)
+            gradient_NH = gradient_NH.to(hidden.dtype)
+        ctx.options, ctx.dtype = options, dtype
+        ctx.save_for_backward(gradient_NH, hidden, weight, bias, log_z_N, entropy_N)
+        squares_N = stats.squares.log() - 2 * log_total_N
+        mean_N = stats.logits / weight.shape[0]
+        ctx.mark_non_differentiable(squares_N, mean_N, is_top1_N)
+        return log_probs_N, entropy_N, squares_N, mean_N, is_top1_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_log_probs, d_entropy, *_) -> tuple[Any, ...]:
+        gradient_NH, hidden, weight, bias, log_z_N, entropy_N = ctx.saved_tensors
+        d_hidden_NH = None
+        if gradient_NH is not None and d_log_probs is not None:
+            d_hidden_NH = (gradient_NH * d_log_probs.unsqueeze(1)).to(hidden.dtype)
+        if gradient_NH is not None and d_entropy is not None:
+            extra_NH = _entropy_bwd(d_entropy, hidden, weight, bias, log_z_N, entropy_N, ctx.options, ctx.dtype)
+            d_hidden_NH = extra_NH if d_hidden_NH is None else d_hidden_NH + extra_NH
+        return d_hidden_NH, None, None, None, None, None, None
+
+
+def _entropy_bwd(
+    d_entropy_N, hidden, weight, bias, log_z_N, entropy_N, options: HeadOptions, dtype: torch.dtype
+) -> torch.Tensor:
+    """d entropy / d z_j = -p_j (log p_j + entropy): the logits once more, and a third product."""
+    wide = log_z_N.dtype
+    d_hidden_NH = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    scale, softcap = _fold_scales(options)
+    for first, last, columns in _tiles(hidden.shape[0], weight.shape[0], hidden.device):
+        h_NH = hidden[first:last].to(dtype)
+        for start, end in columns:
+            z_NC = _products(h_NH, weight[start:end], None if bias is None else bias[start:end]).to(wide) * scale
+            slope = torch.full((), scale, dtype=wide, device=hidden.device)
+            if softcap is not None:
+                tanh_NC = torch.tanh(z_NC / softcap)
+                z_NC, slope = softcap * tanh_NC, scale * (1 - tanh_NC.square())
+            log_p_NC = z_NC - log_z_N[first:last].unsqueeze(1)
+            d_z_NC = -log_p_NC.exp() * (log_p_NC + entropy_N[first:last].unsqueeze(1)) * slope
+            d_z_NC.mul_(d_entropy_N[first:last].unsqueeze(1))
+            _accumulate(d_hidden_NH[first:last], d_z_NC.to(dtype), weight[start:end].to(dtype))
+    return d_hidden_NH.to(hidden.dtype)
+
+
+def lm_head_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    options: HeadOptions | None = None,
+    impl: Impl = "auto",
+) -> TokenStats:
+    """Log-probability of each token's target, and what trainers log beside it.
+
+    Args:
+        hidden: ``(N, hidden_size)``, rows that have a label.
+        weight: frozen head, ``(vocab_size, hidden_size)``.
+        bias: frozen, ``(vocab_size,)`` or None.
+        targets: ``(N,)`` int64, in ``[0, vocab_size)``.
+        dtype: compute dtype of the products; sums are kept in float32 (float64 for it).
+        options: scaling, soft cap and temperature of the logits; none by default.
+        impl: implementation of the fold over the vocabulary.
+
+    Returns:
+        :class:`TokenStats`. Gradients flow into ``hidden`` through ``log_probs`` (ready since the forward) and
+        ``entropy`` (recomputed, three products in all).
+
+    Raises:
+        ValueError: weight or bias wants a gradient, which this block does not compute.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("lm_head_log_probs: the head is trained; this block is for a frozen head")
+    return TokenStats(*_LMHead.apply(hidden, weight, bias, targets, options or HeadOptions(), dtype, impl))  # type: ignore[no-untyped-call]

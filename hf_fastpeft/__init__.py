@@ -21,7 +21,7 @@ _EXPORTS = {
     "load_adapter": "hf_fastpeft.loading",
     "patch_model": "hf_fastpeft.patching",
     "register_family": "hf_fastpeft.patching",
-    "train": "hf_fastpeft.runner",
+    "train": "hf_fastpeft.run",
     "verify": "hf_fastpeft.verification",
 }
 

@@ -49,7 +49,7 @@ def train(
     """Train, and write adapter, plain-LoRA export, report and pictures to output_dir."""
     if overwrite and resume:
         raise ConfigError("train: --overwrite together with --resume; keep one of them")
-    from hf_fastpeft.runner import train as run_training
+    from hf_fastpeft.run.runner import train as run_training
 
     extra = ["auto_resume_from_checkpoints=true"] if resume else []
     config, console = _load(run, [*(overrides or []), *extra])
@@ -87,7 +87,7 @@ def verify(
 ) -> None:
     """Compare loss and every gradient of the patched model with the stock one, on a batch of the run's own data."""
     from hf_fastpeft.config import parse_config
-    from hf_fastpeft.runner import model_and_batch
+    from hf_fastpeft.run.runner import model_and_batch
     from hf_fastpeft.verification import verify as compare
 
     if run is not None:
@@ -136,7 +136,7 @@ def info() -> None:
 
     from hf_fastpeft import quickstart
     from hf_fastpeft.patching import FAMILIES
-    from hf_fastpeft.report import versions
+    from hf_fastpeft.run.report import versions
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows: dict[str, Any] = {

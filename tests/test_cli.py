@@ -97,7 +97,7 @@ def test_overwrite_and_resume_exclude_each_other(run_file):
 def test_an_interrupted_run_exits_with_130(run_file, monkeypatch):
     from pathlib import Path
 
-    from hf_fastpeft import runner
+    from hf_fastpeft.run import runner
 
     stopped = runner.RunResult(Path("x"), interrupted=True)
     monkeypatch.setattr(runner, "train", lambda *args, **kwargs: stopped)

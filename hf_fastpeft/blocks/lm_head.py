@@ -17,7 +17,7 @@ from hf_fastpeft.ops.vocab_fold import VocabStats, fold
 __all__ = ["HeadOptions", "TokenStats", "lm_head_log_probs"]
 
 # tokens and vocabulary entries of one tile: a large product on a GPU, about the cache on a CPU
-TILES = {"cuda": (4096, 32768), "cpu": (512, 8192)}
+TILES = {"cuda": (4096, 32768), "cpu": (1024, 2048)}
 
 
 class HeadOptions(NamedTuple):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_fastpeft.plots import plot_loss, plot_ranks, rank_grid
+from hf_fastpeft.run.plots import plot_loss, plot_ranks, rank_grid
 
 
 def test_modules_become_layers_by_projections():

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from hf_fastpeft.config.mapping import adapter_config, arguments, planned_steps, quantization_config
 from hf_fastpeft.config.schema import RunConfig
-from hf_fastpeft.datasets import IGNORED, Example, RunData, encode, prompt_ids, read_data
 from hf_fastpeft.errors import ConfigError, NothingToPatchError, UnknownFamilyError
-from hf_fastpeft.run_folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
+from hf_fastpeft.run.data import IGNORED, Example, RunData, encode, prompt_ids, read_data
+from hf_fastpeft.run.folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
 
 __all__ = ["Loaded", "RunResult", "Sample", "load_model", "load_tokenizer", "model_and_batch", "model_source", "train"]
 
@@ -92,8 +92,8 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
         MissingPackageError: a package this run needs is not installed.
         RunExistsError: the folder holds an earlier run.
     """
-    from hf_fastpeft.progress import quiet_bars
-    from hf_fastpeft.report import finish, introduce
+    from hf_fastpeft.run.progress import quiet_bars
+    from hf_fastpeft.run.report import finish, introduce
 
     console = console or Console()
     seconds: dict[str, float] = {}
@@ -220,7 +220,7 @@ class _Run:
         from transformers import PrinterCallback
         from trl import SFTConfig, SFTTrainer
 
-        from hf_fastpeft.progress import ProgressCallback, StopCallback
+        from hf_fastpeft.run.progress import ProgressCallback, StopCallback
 
         self.config, self.tokenizer, self.seconds = config, loaded.tokenizer, seconds
         self.stop, self.progress = StopCallback(console), ProgressCallback(console)
@@ -361,7 +361,7 @@ def model_and_batch(config: RunConfig, rows: int, *, notify: Any = None) -> tupl
         ConfigError: see `train`.
         DataError: see `train`.
     """
-    from hf_fastpeft.progress import quiet_bars
+    from hf_fastpeft.run.progress import quiet_bars
 
     with quiet_bars():
         data = read_data(config)

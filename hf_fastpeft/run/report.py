@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_fastpeft.config.schema import RunConfig
-from hf_fastpeft.run_folder import write_json
-from hf_fastpeft.runner import RunResult
+from hf_fastpeft.run.folder import write_json
+from hf_fastpeft.run.runner import RunResult
 
 __all__ = ["describe_ranks", "finish", "introduce", "loading_code", "versions"]
 
@@ -117,7 +117,7 @@ def _pictures(console: Console, config: RunConfig, result: RunResult) -> list[st
     if importlib.util.find_spec("matplotlib") is None:
         _say(console, "note: no pictures, because matplotlib is not installed; run `pip install matplotlib`")
         return []
-    from hf_fastpeft.plots import plot_loss, plot_ranks
+    from hf_fastpeft.run.plots import plot_loss, plot_ranks
 
     title = f"{Path(config.base_model).name.removeprefix('builtin:')}, {config.adapter}"
     written = ["loss.png"]

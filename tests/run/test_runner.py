@@ -11,10 +11,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import hf_fastpeft
-from hf_fastpeft import progress, runner
 from hf_fastpeft.config import RunConfig
 from hf_fastpeft.errors import ConfigError, DataError, RunExistsError, UnknownFamilyError
-from hf_fastpeft.runner import train
+from hf_fastpeft.run import progress, runner
+from hf_fastpeft.run.runner import train
 
 # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, PeftModel.__init__).
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_patched_names_the_way_out(base, tmp_path, consol
 
 
 def test_missing_matplotlib_costs_only_the_pictures(base, tmp_path, console, monkeypatch):
-    from hf_fastpeft import report
+    from hf_fastpeft.run import report
 
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else sys)
     monkeypatch.setattr(report, "versions", dict)

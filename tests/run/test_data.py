@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from hf_fastpeft.config import DatasetConfig, RunConfig
-from hf_fastpeft.datasets import IGNORED, Example, encode, load_examples, prompt_ids, read_data, tokenize
 from hf_fastpeft.errors import DataError
+from hf_fastpeft.run.data import IGNORED, Example, encode, load_examples, prompt_ids, read_data, tokenize
 
 CHAT = [
     {"role": "system", "content": "w1 w2"},

@@ -1,0 +1,5 @@
+"""A whole training run from one configuration: data, model, trainer, pictures and report."""
+
+from hf_fastpeft.run.runner import RunResult, train
+
+__all__ = ["RunResult", "train"]

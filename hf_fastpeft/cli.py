@@ -69,7 +69,9 @@ def explain(run: RunFile, overrides: Overrides = None) -> None:
     data = Table("source", "type", "split", title="Data")
     for entry in [*config.datasets, *config.test_datasets]:
         data.add_row(entry.path, entry.type, entry.split)
-    table = Table("key", "becomes", "value", title=str(run))
+    table = Table(title=str(run))
+    for heading in ("key", "becomes", "value"):
+        table.add_column(heading, overflow="fold")  # a cut argument name cannot be looked up
     for item in assignments(config):
         table.add_row(item.key, f"{item.target}({item.argument})", repr(item.value))
     console.print(data, table)

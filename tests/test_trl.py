@@ -181,3 +181,32 @@ def test_restore_leaves_trls_forward_in_place(tmp_path):
     stock = causal(ids, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(fast.log_probs, stock.log_probs)
     assert causal(ids).logits.shape == (1, 4, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_twenty_steps_of_the_real_model_are_within_1e_4(tmp_path):
+    """SmolLM2-135M in float32, TRL SFT with LoRA: stock and patched runs, step by step."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_fastpeft.quickstart.data import load_builtin_rows
+    from hf_fastpeft.quickstart.model import ensure_model
+
+    folder = ensure_model("smollm2-135m-instruct")
+    rows = load_builtin_rows("stdlib-docstrings", "train")[:80]
+    losses = {}
+    for how in ("stock", "fast"):
+        torch.manual_seed(0)
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            args=arguments(tmp_path / how, max_steps=20, per_device_train_batch_size=2, max_length=128, seed=1),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=LoraConfig(r=8, target_modules="all-linear"),
+            callbacks=[FastPeftCallback()] if how == "fast" else [],
+        )
+        trainer.train()
+        losses[how] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    differences = [abs(a - b) for a, b in zip(losses["fast"], losses["stock"], strict=True)]
+    assert len(differences) == 20
+    assert max(differences) <= 1e-4

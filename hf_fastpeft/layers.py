@@ -9,6 +9,7 @@ cannot.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -39,20 +40,34 @@ class Site:
         self.stock[block, reason] += 1
 
 
+def _new_instance(module: str, name: str) -> "FastModule":
+    cls = getattr(import_module(module), name)
+    instance = cls.__new__(cls)
+    assert isinstance(instance, FastModule)
+    return instance
+
+
 class FastModule(nn.Module):
     """Base of the mixins. Subclasses name the blocks they can fuse and say, for each, what stands in the way now."""
 
     _fastpeft: Site
+    _importable: ClassVar[tuple[str, str]]
     blocks: ClassVar[tuple[str, ...]] = ()
     # the kernels hub re-patches modules whose class inherits a layer name; our forward is the one that was asked for
     kernel_condition = staticmethod(lambda module: False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A family's class carries the stock name: transformers and FSDP choose layers by it; pickle by qualname."""
+        """A family's class carries the stock name and module: transformers and FSDP choose layers by the one, PEFT
+        writes both into the adapter's config."""
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
         if stock is not None:
-            cls.__name__ = stock.__name__
+            cls._importable = (cls.__module__, cls.__qualname__)
+            cls.__name__, cls.__module__ = stock.__name__, stock.__module__
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled and copied by where the class really is."""
+        return _new_instance, self._importable, self.__getstate__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def stock_class(cls) -> type[nn.Module] | None:

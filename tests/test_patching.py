@@ -456,7 +456,19 @@ def test_names_stay_for_policies_that_choose_by_name():
     patch_model(model)
     layer = model.model.layers[0]
     assert type(layer.mlp).__name__ == "LlamaMLP"
+    assert type(layer.mlp).__module__ == "transformers.models.llama.modeling_llama"
     assert type(layer.mlp).__qualname__ == "FastLlamaMLP"
+
+
+def test_an_adapter_saved_from_a_patched_model_is_stocks(tmp_path):
+    """PEFT writes the base class and its module into adapter_config.json."""
+    for name in ("stock", "fast"):
+        model = tiny_llama()
+        if name == "fast":
+            patch_model(model)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / name)
+    read = [(tmp_path / name / "adapter_config.json").read_text() for name in ("stock", "fast")]
+    assert read[0] == read[1]
 
 
 def test_only_some_classes():

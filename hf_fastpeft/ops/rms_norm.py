@@ -5,7 +5,7 @@ Shape legend: N = all leading dimensions, D = hidden_size.
 
 import torch
 
-from hf_fastpeft.ops._backend import Impl, on_device, tl, triton, use_triton
+from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
 
 __all__ = ["rms_norm", "rms_norm_bwd", "rms_norm_fwd", "rms_norm_torch"]
 
@@ -79,9 +79,45 @@ def _fits(impl: Impl, x: torch.Tensor) -> bool:
     return use_triton(impl, x) and x.shape[-1] <= MAX_BLOCK
 
 
+def _fwd_results(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    N, D = x.shape
+    out_ND = torch.empty(N, D, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    return out_ND, torch.empty(N, 1, dtype=torch.float32, device=x.device)
+
+
+@launch_op("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _fwd_results)
+def _launch_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    N, D = x.shape
+    out_ND, rstd_N1 = _fwd_results(x, weight, eps)
+    if N:
+        grid, meta = _launch(D, N)
+        with on_device(x):
+            _rms_norm_fwd_kernel[grid](x, weight, out_ND, rstd_N1, N, D, eps, **meta)
+    return out_ND, rstd_N1
+
+
+@launch_op(
+    "rms_norm_bwd(Tensor d_out, Tensor x, Tensor weight, Tensor rstd, Tensor(a!)? partial) -> Tensor",
+    lambda d_out, x, weight, rstd, partial: torch.empty_like(x),
+)
+def _launch_bwd(
+    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, partial: torch.Tensor | None
+) -> torch.Tensor:
+    """``d_x``; ``partial`` takes one row of the weight's gradient a program."""
+    N, D = x.shape
+    d_x_ND = torch.empty_like(x)
+    if N:
+        grid, meta = _launch(D, N)
+        with on_device(x):
+            _rms_norm_bwd_kernel[grid](
+                d_out, x, weight, rstd, d_x_ND, partial, N, D, WITH_DW=partial is not None, **meta
+            )
+    return d_x_ND
+
+
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: Impl) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, rstd)`` without autograd; ``x`` contiguous ``(N, D)``, ``rstd`` float32 (float64 for it) ``(N, 1)``."""
-    N, D = x.shape
+    D = x.shape[-1]
     if not _fits(impl, x):
         wide = torch.promote_types(x.dtype, torch.float32)
         x_wide = x.to(wide)
@@ -91,13 +127,7 @@ def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: Impl) 
         if x.dtype == wide == weight.dtype:
             return x_hat_ND.mul_(weight), rstd_N1
         return x_hat_ND.to(x.dtype) * weight, rstd_N1
-    out_ND = torch.empty(N, D, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    rstd_N1 = torch.empty(N, 1, dtype=torch.float32, device=x.device)
-    if N:
-        grid, meta = _launch(D, N)
-        with on_device(x):
-            _rms_norm_fwd_kernel[grid](x, weight, out_ND, rstd_N1, N, D, eps, **meta)
-    return out_ND, rstd_N1
+    return _launch_fwd(x, weight, eps)  # type: ignore[no-any-return]
 
 
 def rms_norm_bwd(
@@ -116,14 +146,10 @@ def rms_norm_bwd(
         dot_N1 = (wd_ND * x_wide).sum(-1, keepdim=True)
         d_x_ND = wd_ND.mul_(rstd).addcmul_(x_wide, dot_N1.mul_(rstd.pow(3)), value=-1.0 / D)
         return d_x_ND.to(x.dtype), d_weight_D
-    d_x_ND = torch.empty_like(x)
-    grid, meta = _launch(D, max(N, 1))
-    partial_PD = torch.empty(grid[0], D, dtype=torch.float32, device=x.device) if with_dw else None
-    if N:
-        with on_device(x):
-            _rms_norm_bwd_kernel[grid](d_out, x, weight, rstd, d_x_ND, partial_PD, N, D, WITH_DW=with_dw, **meta)
-    elif partial_PD is not None:
-        partial_PD.zero_()
+    partial_PD = None
+    if with_dw:  # no program, no row: the sum over none is zero
+        partial_PD = torch.empty(_launch(D, N)[0][0], D, dtype=torch.float32, device=x.device)
+    d_x_ND = _launch_bwd(d_out, x, weight, rstd, partial_PD)
     return d_x_ND, None if partial_PD is None else partial_PD.sum(0).to(weight.dtype)
 
 

@@ -6,7 +6,7 @@ Shape legend: B = batch, S = seq_len, H = heads (Q of queries, K of keys), D = h
 
 import torch
 
-from hf_fastpeft.ops._backend import Impl, on_device, tl, triton, use_triton
+from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
 
 __all__ = ["rope", "rope_torch", "rotate"]
 
@@ -72,6 +72,60 @@ if triton is not None:
         )  # fmt: skip
 
 
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    inverse: bool,
+) -> None:
+    B, HQ, S, D = q.shape
+    HK, E = k.shape[1], D // 2
+    if not q.numel():
+        return
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    row_stride = 0 if cos.shape[0] == 1 else cos.stride(0)
+
+    def strides(t: torch.Tensor) -> tuple[int, int, int, int]:
+        b, h, s, d = t.stride()
+        return b, s, h, d
+
+    with on_device(q):
+        _rotate_kernel[(B * S,)](
+            q, q_out, *strides(q), *strides(q_out), k, k_out, *strides(k), *strides(k_out),
+            cos, sin, row_stride, cos.stride(1), cos.stride(2), S, HQ, HK, E, INVERSE=inverse,
+            BLOCK_Q=triton.next_power_of_2(HQ), BLOCK_K=triton.next_power_of_2(HK),
+            BLOCK_E=triton.next_power_of_2(E),
+        )  # fmt: skip
+
+
+@launch_op(
+    "rotate_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool inverse) -> ()",
+    lambda q, k, cos, sin, inverse: None,
+)
+def _launch_in_place(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> None:
+    _launch(q, k, cos, sin, q, k, inverse)
+
+
+@launch_op(
+    "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor(a!) q_out, Tensor(b!) k_out, bool inverse) -> ()",
+    lambda q, k, cos, sin, q_out, k_out, inverse: None,
+)
+def _launch_into(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    inverse: bool,
+) -> None:
+    _launch(q, k, cos, sin, q_out, k_out, inverse)
+
+
 def _turn_torch(
     x: torch.Tensor, out: torch.Tensor, halves: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> None:
@@ -114,9 +168,8 @@ def rotate(
         impl: implementation.
         inverse: apply the transposed rotation, which is the gradient.
     """
-    B, HQ, S, D = q.shape
-    HK, E = k.shape[1], D // 2
     if not use_triton(impl, q):
+        E = q.shape[-1] // 2
         # float64 stays float64; narrower inputs turn in float32 and round once
         wide = torch.promote_types(q.dtype, torch.float32)
         cos_B1SD, sin_B1SD = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
@@ -125,24 +178,10 @@ def rotate(
         halves = (c1, c2, -s2, -s1) if inverse else (c1, c2, s1, s2)
         _turn_torch(q, q_out, halves)
         _turn_torch(k, k_out, halves)
-        return
-    if not q.numel():
-        return
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    row_stride = 0 if cos.shape[0] == 1 else cos.stride(0)
-
-    def strides(t: torch.Tensor) -> tuple[int, int, int, int]:
-        b, h, s, d = t.stride()
-        return b, s, h, d
-
-    with on_device(q):
-        _rotate_kernel[(B * S,)](
-            q, q_out, *strides(q), *strides(q_out), k, k_out, *strides(k), *strides(k_out),
-            cos, sin, row_stride, cos.stride(1), cos.stride(2), S, HQ, HK, E, INVERSE=inverse,
-            BLOCK_Q=triton.next_power_of_2(HQ), BLOCK_K=triton.next_power_of_2(HK),
-            BLOCK_E=triton.next_power_of_2(E),
-        )  # fmt: skip
+    elif q_out is q and k_out is k:
+        _launch_in_place(q, k, cos, sin, inverse)
+    else:
+        _launch_into(q, k, cos, sin, q_out, k_out, inverse)
 
 
 class _RoPE(torch.autograd.Function):

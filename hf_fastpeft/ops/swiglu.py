@@ -6,7 +6,7 @@ Shape legend: N = all leading dimensions, D = intermediate_size.
 import torch
 import torch.nn.functional as F
 
-from hf_fastpeft.ops._backend import Impl, on_device, tl, triton, use_triton
+from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
 
 __all__ = ["swiglu", "swiglu_bwd", "swiglu_fwd", "swiglu_torch"]
 
@@ -45,16 +45,38 @@ if triton is not None:
         tl.store(d_up + offs, d * g * s, mask=mask)
 
 
-def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor, impl: Impl) -> torch.Tensor:
-    """``silu(gate) * up`` without autograd; contiguous inputs of one shape, dtype and device."""
-    if not use_triton(impl, gate):
-        return F.silu(gate).mul_(up)
+@launch_op("swiglu_fwd(Tensor gate, Tensor up) -> Tensor", lambda gate, up: torch.empty_like(gate))
+def _launch_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     out_ND = torch.empty_like(gate)
     n = out_ND.numel()
     if n:
         with on_device(gate):
             _swiglu_fwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, out_ND, n, BLOCK=BLOCK)
     return out_ND
+
+
+@launch_op(
+    "swiglu_bwd(Tensor d_out, Tensor gate, Tensor up, Tensor(a!)? out) -> (Tensor, Tensor)",
+    lambda d_out, gate, up, out: (torch.empty_like(gate), torch.empty_like(gate)),
+)
+def _launch_bwd(
+    d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d_gate_ND, d_up_ND = torch.empty_like(gate), torch.empty_like(gate)
+    n = gate.numel()
+    if n:
+        with on_device(gate):
+            _swiglu_bwd_kernel[(triton.cdiv(n, BLOCK),)](
+                d_out, gate, up, out, d_gate_ND, d_up_ND, n, WITH_OUT=out is not None, BLOCK=BLOCK
+            )
+    return d_gate_ND, d_up_ND
+
+
+def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor, impl: Impl) -> torch.Tensor:
+    """``silu(gate) * up`` without autograd; contiguous inputs of one shape, dtype and device."""
+    if not use_triton(impl, gate):
+        return F.silu(gate).mul_(up)
+    return _launch_fwd(gate, up)  # type: ignore[no-any-return]
 
 
 def swiglu_bwd(
@@ -69,14 +91,8 @@ def swiglu_bwd(
         out_ND = act_ND * up if with_out else None
         d_gate_ND = torch.ops.aten.silu_backward(d_out * up, gate)
         return out_ND, d_gate_ND, act_ND.mul_(d_out)
-    d_gate_ND, d_up_ND = torch.empty_like(gate), torch.empty_like(gate)
     out_ND = torch.empty_like(gate) if with_out else None
-    n = gate.numel()
-    if n:
-        with on_device(gate):
-            _swiglu_bwd_kernel[(triton.cdiv(n, BLOCK),)](
-                d_out, gate, up, out_ND, d_gate_ND, d_up_ND, n, WITH_OUT=with_out, BLOCK=BLOCK
-            )
+    d_gate_ND, d_up_ND = _launch_bwd(d_out, gate, up, out_ND)
     return out_ND, d_gate_ND, d_up_ND
 
 

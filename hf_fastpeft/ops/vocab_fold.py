@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_fastpeft.ops._backend import Impl, on_device, tl, triton, use_triton
+from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
 
 __all__ = ["VocabStats", "fold", "fold_torch"]
 
@@ -146,6 +146,36 @@ if triton is not None:
         tl.store(rescale + row, r)
 
 
+@launch_op(
+    "fold(Tensor(a!) z, Tensor targets, Tensor(b!) maximum, Tensor(c!) rest, Tensor(d!) weighted, Tensor(e!) squares, "
+    "Tensor(f!) logits, Tensor(g!) target, Tensor(h!) argmax, int start, float scale, float? softcap) -> Tensor",
+    lambda z, targets, maximum, *_: torch.empty_like(maximum),
+)
+def _launch(
+    z: torch.Tensor,
+    targets: torch.Tensor,
+    maximum: torch.Tensor,
+    rest: torch.Tensor,
+    weighted: torch.Tensor,
+    squares: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    argmax: torch.Tensor,
+    start: int,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Folds ``z`` in place; returns the rescaling of each row."""
+    rescale_N = torch.empty_like(maximum)
+    with on_device(z):
+        _fold_kernel[(z.shape[0],)](
+            z, z.stride(0), targets, maximum, rest, weighted, squares, logits, target, argmax, rescale_N,
+            start, z.shape[1], scale, softcap or 1.0,
+            HAS_SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+    return rescale_N
+
+
 def fold(
     z: torch.Tensor,
     targets: torch.Tensor,
@@ -173,11 +203,8 @@ def fold(
     """
     if not use_triton(impl, z) or not z.shape[0]:
         return fold_torch(z, targets, start, stats, scale, softcap)
-    rescale_N = torch.empty_like(stats.maximum)
-    with on_device(z):
-        _fold_kernel[(z.shape[0],)](
-            z, z.stride(0), targets, stats.maximum, stats.rest, stats.weighted, stats.squares, stats.logits,
-            stats.target, stats.argmax, rescale_N, start, z.shape[1], scale, softcap or 1.0,
-            HAS_SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+    rescale_N = _launch(
+        z, targets, stats.maximum, stats.rest, stats.weighted, stats.squares, stats.logits, stats.target,
+        stats.argmax, start, scale, softcap,
+    )  # fmt: skip
     return z, rescale_N

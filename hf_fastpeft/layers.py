@@ -67,7 +67,8 @@ class FastModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled and copied by where the class really is."""
-        return _new_instance, self._importable, self.__getstate__()  # type: ignore[no-untyped-call]
+        state = getattr(self, "__getstate__", self.__dict__.copy)  # Python 3.10 has no default __getstate__
+        return _new_instance, self._importable, state()
 
     @classmethod
     def stock_class(cls) -> type[nn.Module] | None:

@@ -6,7 +6,16 @@ everything else in this file is *unsupported* and refused with advice. A key in 
 Grows by moving a key from `UNSUPPORTED` into `RunConfig`.
 """
 
-__all__ = ["HINTS", "HINT_PLUGINS", "INERT", "NEUTRAL", "UNSUPPORTED"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["HINTS", "HINT_PLUGINS", "INERT", "NEUTRAL", "UNSUPPORTED", "nearest"]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing where no known word is close."""
+    match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def _words(text: str) -> frozenset[str]:

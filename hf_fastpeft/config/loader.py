@@ -1,18 +1,18 @@
 """From a YAML file to a `RunConfig`, reporting every mistake at once: path in the file, line, what was found."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hf_fastpeft.config.keys import HINT_PLUGINS, HINTS, INERT, NEUTRAL, UNSUPPORTED
+from hf_fastpeft.config.keys import HINT_PLUGINS, HINTS, INERT, NEUTRAL, UNSUPPORTED, nearest
 from hf_fastpeft.config.schema import DatasetConfig, FastpeftConfig, RunConfig, SoraOptions
 from hf_fastpeft.errors import ConfigError
 
-__all__ = ["LoadedConfig", "load_config", "nearest", "parse_config"]
+__all__ = ["LoadedConfig", "load_config", "parse_config"]
 
 KeyPath = tuple[str | int, ...]
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -74,12 +74,6 @@ def parse_config(text: str, *, name: str = "config", overrides: Sequence[str] = 
         raise ConfigError(f"{name}: {count} in this configuration:\n{body}")
     assert config is not None
     return LoadedConfig(config, notices)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where no known word is close."""
-    match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 Problem = tuple[KeyPath, str]

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from hf_fastpeft.config.keys import nearest
+
 __all__ = ["DatasetConfig", "FastpeftConfig", "RunConfig", "SoraOptions"]
 
 
@@ -198,7 +200,6 @@ class RunConfig(_Strict):
     @field_validator("optimizer")
     @classmethod
     def _optimizer(cls, value: str) -> str:
-        from hf_fastpeft.config.loader import nearest
 
         known = _names_of("OptimizerNames")
         if value not in known:
@@ -208,7 +209,6 @@ class RunConfig(_Strict):
     @field_validator("lr_scheduler")
     @classmethod
     def _scheduler(cls, value: str) -> str:
-        from hf_fastpeft.config.loader import nearest
 
         known = _names_of("SchedulerType")
         if value not in known:

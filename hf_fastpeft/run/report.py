@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hf_fastpeft.config.schema import RunConfig
 from hf_fastpeft.run.folder import write_json
-from hf_fastpeft.run.runner import RunResult
+from hf_fastpeft.run.result import RunResult
 
 __all__ = ["describe_ranks", "finish", "introduce", "loading_code", "versions"]
 

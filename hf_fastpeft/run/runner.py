@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +17,9 @@ from hf_fastpeft.config.schema import RunConfig
 from hf_fastpeft.errors import ConfigError, NothingToPatchError, UnknownFamilyError
 from hf_fastpeft.run.data import IGNORED, Example, RunData, encode, prompt_ids, read_data
 from hf_fastpeft.run.folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
+from hf_fastpeft.run.result import RunResult, Sample
 
-__all__ = ["Loaded", "RunResult", "Sample", "load_model", "load_tokenizer", "model_and_batch", "model_source", "train"]
-
-
-@dataclass
-class Sample:
-    """A held-out prompt, the answer the data gives, and the model's greedy answers before and after training."""
-
-    prompt: str
-    reference: str
-    before: str = ""
-    after: str = ""
-
-
-@dataclass
-class RunResult:
-    """What a run did and where it left its files.
-
-    Attributes:
-        output_dir: the run's folder.
-        interrupted: stopped by Ctrl-C; ``checkpoint`` continues it.
-        checkpoint: the latest checkpoint, if one was written.
-        adapter_dir: the adapter in its own format (the whole model where ``adapter`` is none).
-        lora_dir: the same adapter as plain LoRA, where the two differ.
-        loss_before: validation loss of the untrained model, in nats per learned token.
-        loss_after: validation loss at the end.
-        kept_ranks: module -> (ranks kept, ranks at the start); empty for methods that keep all.
-        patch: report of `patch_model`, None where patching was off.
-        seconds: wall clock by phase.
-        history: Trainer's log.
-    """
-
-    output_dir: Path
-    interrupted: bool = False
-    checkpoint: Path | None = None
-    adapter_dir: Path | None = None
-    lora_dir: Path | None = None
-    steps: int = 0
-    loss_before: float | None = None
-    loss_after: float | None = None
-    samples: list[Sample] = field(default_factory=list)
-    kept_ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
-    patch: dict[str, Any] | None = None
-    patch_text: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    rank_history: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+__all__ = ["Loaded", "load_model", "load_tokenizer", "model_and_batch", "model_source", "train"]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Model shapes, and models made of them with random weights: nothing is downloaded."""
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hf_fastpeft import SoraConfig
 
-__all__ = ["METHODS", "SHAPES", "Shape", "add_adapter", "build_model", "model_config", "token_batch"]
+__all__ = [
+    "METHODS",
+    "SHAPES",
+    "Shape",
+    "add_adapter",
+    "build_model",
+    "model_config",
+    "set_adapter_weights",
+    "token_batch",
+]
 
 
 @dataclass(frozen=True)
@@ -127,14 +137,21 @@ def add_adapter(model: nn.Module, method: str, r: int, dropout: float = 0.0) -> 
     config = METHODS[method](r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear")
     config.task_type = "CAUSAL_LM"
     adapted = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(1)
+    set_adapter_weights(adapted)
+    return adapted.train()
+
+
+def set_adapter_weights(model: nn.Module) -> None:
+    """The same values for the same parameter names, whoever made the adapter."""
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                # names end alike whatever a library wraps around the model
+                seed = zlib.crc32(name[name.find("layers.") :].encode())
+                values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.copy_(values * (0.02 if "lora_B" in name else parameter.shape[-1] ** -0.5))
             elif "lora_E" in name:
                 parameter.fill_(1.0)
-    return adapted.train()
 
 
 def token_batch(

@@ -1,0 +1,98 @@
+"""The gate before the clock: a variant whose loss or adapter gradients are wrong is not timed.
+
+Two layers of the setting's model at full width (a small vocabulary), without dropout, one forward-backward each of
+the variant and of stock. In half precision both differ from the exact result by rounding; a float32 run of the same
+weights measures stock's own error, and the variant must stay within twice of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.models import SHAPES, Shape, token_batch
+from benchmarks.suites import Setting
+from benchmarks.variants import Prepared, prepare
+
+__all__ = ["Verdict", "autocast", "check"]
+
+# relative difference of two float32 runs whose additions are ordered differently (float32 sums on a GPU: no TF32)
+FLOAT32_TOLERANCE = 1e-3
+FACTOR = 2.0  # of stock's own rounding error, in half precision
+TOKENS = 128  # longest row of the gate's batch
+VOCAB = 1024
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of the gate.
+
+    Attributes:
+        passed: every quantity within its bound.
+        worst: the quantity closest to (or furthest over) its bound.
+        error: its relative error.
+        bound: the largest that is accepted.
+    """
+
+    passed: bool
+    worst: str
+    error: float
+    bound: float
+
+
+def autocast(setting: Setting, device: str) -> Any:
+    """Mixed precision as Trainer sets it up: bfloat16 autocast over a half-precision base, none over float32."""
+    half = setting.dtype != "float32"
+    return torch.autocast(device, dtype=getattr(torch, setting.dtype) if half else torch.bfloat16, enabled=half)
+
+
+def _gradients(
+    prepared: Prepared, batch: dict[str, torch.Tensor], context: Callable[[], Any]
+) -> dict[str, torch.Tensor]:
+    """Loss and gradients pooled over layers and by kind (``q_proj.lora_A``), float64 on the CPU."""
+    model: nn.Module = prepared.model
+    with context():
+        loss = prepared.loss(model, batch)
+    loss.backward()
+    pooled: dict[str, list[torch.Tensor]] = {"loss": [loss.detach().double().cpu().reshape(1)]}
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            kind = ".".join(part for part in name.split(".")[-5:] if part not in ("weight", "default", "mlp"))
+            kind = kind.removeprefix("self_attn.")
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            pooled.setdefault(kind, []).append(gradient.double().cpu().flatten())
+    return {kind: torch.cat(parts) for kind, parts in pooled.items()}
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item() if got.shape == want.shape else float("inf")
+
+
+def check(variant: str, setting: Setting, device: str) -> Verdict:
+    """Compare two layers of ``variant`` with stock; frees what it made."""
+    shape: Shape = replace(SHAPES[setting.model], vocab=min(VOCAB, SHAPES[setting.model].vocab))
+    small = replace(setting, layers=2, dropout=0.0, batch=min(setting.batch, 2), seq_len=min(setting.seq_len, TOKENS))
+    batch = token_batch(
+        shape.vocab, small.batch, small.seq_len, masked=small.masked, sampled=small.sampled, device=device
+    )
+
+    def run(name: str, work: Setting) -> dict[str, torch.Tensor]:
+        return _gradients(prepare(name, shape, work, device), batch, lambda: autocast(work, device))
+
+    got, want = run(variant, small), run("stock", small)
+    if small.dtype == "float32":
+        bounds = dict.fromkeys(want, FLOAT32_TOLERANCE)
+    else:
+        exact = run("stock", replace(small, dtype="float32"))
+        floor = torch.finfo(getattr(torch, small.dtype)).eps
+        bounds = {
+            kind: FACTOR * _relative(want[kind], exact[kind]) + (floor if kind == "loss" else floor / 8)
+            for kind in want
+        }
+        want = exact
+    errors = {kind: _relative(got[kind], want[kind]) if kind in got else float("inf") for kind in want}
+    worst = max(errors, key=lambda kind: errors[kind] / bounds[kind] if errors[kind] == errors[kind] else float("inf"))
+    passed = got.keys() == want.keys() and all(errors[kind] <= bounds[kind] for kind in want)
+    return Verdict(passed, worst, errors[worst], bounds[worst])

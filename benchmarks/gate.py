@@ -6,6 +6,7 @@ weights measures stock's own error, and the variant must stay within twice of it
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,14 +79,21 @@ def check(variant: str, setting: Setting, device: str) -> Verdict:
         shape.vocab, small.batch, small.seq_len, masked=small.masked, sampled=small.sampled, device=device
     )
 
-    def run(name: str, work: Setting) -> dict[str, torch.Tensor]:
-        return _gradients(prepare(name, shape, work, device), batch, lambda: autocast(work, device))
+    def run(name: str, exact: bool = False) -> dict[str, torch.Tensor]:
+        prepared = prepare(name, shape, small, device)
+        if not exact:
+            return _gradients(prepared, batch, lambda: autocast(small, device))
+        prepared.model.float()  # the same weights, rounded ones
+        for module in prepared.model.modules():
+            if hasattr(module, "compute_dtype"):  # 4-bit layers
+                module.compute_dtype = torch.float32
+        return _gradients(prepared, batch, nullcontext)
 
-    got, want = run(variant, small), run("stock", small)
+    got, want = run(variant), run("stock")
     if small.dtype == "float32":
         bounds = dict.fromkeys(want, FLOAT32_TOLERANCE)
     else:
-        exact = run("stock", replace(small, dtype="float32"))
+        exact = run("stock", exact=True)
         floor = torch.finfo(getattr(torch, small.dtype)).eps
         bounds = {
             kind: FACTOR * _relative(want[kind], exact[kind]) + (floor if kind == "loss" else floor / 8)

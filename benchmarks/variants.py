@@ -27,11 +27,11 @@ class Skipped(Exception):
 
 @dataclass
 class Prepared:
-    """A model in training mode, its loss, and what a variant has to say about itself."""
+    """A model in training mode, its loss, and what the variant can say about itself after it ran."""
 
     model: nn.Module
     loss: Callable[[nn.Module, Batch], torch.Tensor]
-    report: dict[str, Any] | None = None
+    report: Callable[[], dict[str, Any] | None] = lambda: None
 
 
 def stock_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -85,8 +85,7 @@ def _patch(prepared: Prepared) -> Prepared:
     model_type = prepared.model.config.model_type  # type: ignore[union-attr]
     if model_type not in FAMILIES:
         raise Skipped(f"hf_fastpeft has no patch for model_type {model_type!r} yet")
-    patched = patch_model(prepared.model)
-    prepared.report = patched.to_json()
+    prepared.report = patch_model(prepared.model).to_json
     return prepared
 
 

@@ -141,7 +141,7 @@ def measure(variant: str, setting: Setting, *, steps: int, warmup: int) -> dict[
     rows = trainee.batch["attention_mask"].sum(1).tolist()
     flops, median_s = model_flops(setting, rows), statistics.median(times) / 1e3
     dtype = getattr(torch, setting.dtype)
-    report, loss_value = trainee.prepared.report, loss.item()
+    report, loss_value = trainee.prepared.report(), loss.item()
     del trainee
     gc.collect()
     peak = machine.matmul_flops_per_s(device, dtype)

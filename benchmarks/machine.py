@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe", "device_name", "matmul_flops_per_s", "peak_resident_bytes", "seconds_per_call", "synchronize"]
+__all__ = [
+    "describe",
+    "device_name",
+    "matmul_flops_per_s",
+    "peak_resident_bytes",
+    "seconds_per_call",
+    "steady_threads",
+    "synchronize",
+]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -70,6 +78,12 @@ def describe() -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
     }
+
+
+def steady_threads() -> None:
+    """Without a GPU, one thread: on a busy machine small work waits a time slice for the other threads to arrive."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
 
 
 def synchronize() -> None:

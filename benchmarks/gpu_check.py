@@ -44,8 +44,9 @@ class Part:
     toy: tuple[str, ...] | None = None
 
 
-# the plugin makes hf_fastpeft.patches importable from the checkout, inside pytest too
-PYTEST = ("pytest", "-p", "benchmarks", "-p", "no:cacheprovider", "-q", "--tb=short")
+# the plugin makes hf_fastpeft.patches importable from the checkout, inside pytest too; another environment's
+# deprecations are not what is checked
+PYTEST = ("pytest", "-p", "benchmarks", "-p", "no:cacheprovider", "-q", "--tb=short", "-W", "default")
 STEP = ("benchmarks.step", "--out", "{out}", "--suite")
 PARTS = {
     # operators and blocks choose their device themselves: on a GPU these compile the kernels the CPU interprets

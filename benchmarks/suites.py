@@ -110,6 +110,7 @@ SUITES = {
         ("trl", "stock", "stock+checkpointing", "ours", "ours-trl", "ours+checkpointing"),
         steps=5,
         warmup=1,
+        threads=1,
     ),
     "toy": Suite((TOY,), ("stock", "trl", "ours"), steps=5, warmup=2, threads=1),
     # does the harness see what it must see? "planted" variants are wrong on purpose

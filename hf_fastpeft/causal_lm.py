@@ -8,7 +8,6 @@ Neither the instance's attribute nor TRL's module is written to, and ``restore()
 
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -47,13 +46,14 @@ def _trl_options(forward: Any) -> dict[str, Any] | None:
 class _ForwardOf:
     """Data descriptor: what ``model.forward`` is, given what other libraries put on the instance."""
 
+    @torch.compiler.disable  # a lookup, not a computation; traced, it recurses (torch 2.13)
     def __get__(self, model: Any, owner: type[FastModule]) -> Callable[..., Any]:
         stock: Callable[..., Any] = (owner.stock_class() or nn.Module).forward
         if model is None:
             return stock
         own: Callable[..., Any] | None = model.__dict__.get("forward")
         if own is None:
-            return MethodType(stock, model)
+            return stock.__get__(model)  # type: ignore[no-any-return]
         options = _trl_options(own)
         if options is None:
             return own
@@ -80,8 +80,13 @@ class FastCausalLM(FastModule):
         return _trl_options(forward) is not None
 
     def obstacle(self, block: str) -> str | None:
-        options = _trl_options(self.__dict__.get("forward"))
-        return NO_HEAD if options is None else _head_obstacle(self, options)
+        forward = self.__dict__.get("forward")
+        while forward is not None:  # accelerate wraps it for autocast when the CausalLM is the trained model itself
+            options = _trl_options(forward)
+            if options is not None:
+                return _head_obstacle(self, options)
+            forward = getattr(forward, "__wrapped__", None)
+        return NO_HEAD
 
 
 def _head_obstacle(model: Any, options: dict[str, Any]) -> str | None:
@@ -104,7 +109,9 @@ def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *ar
     """TRL's ``forward(fused_lm_head=True)``: its outputs, from our block where that is exact."""
     if not kwargs.get("fused_lm_head", False):
         return own(*args, **kwargs)
-    site = model._fastpeft
+    site = model.__dict__.get("_fastpeft")
+    if site is None:  # restored, while accelerate's autocast wrapper still holds this forward
+        return own(*args, **kwargs)
     reason = COMPILED if torch.compiler.is_compiling() else _head_obstacle(model, options)
     if reason is None and kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
         reason = "no labels"

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fastpeft.blocks import attention_in, attention_out, mlp
@@ -25,6 +27,7 @@ __all__ = ["FastAttention", "FastMLP", "FastModule", "FastRMSNorm", "Site"]
 
 INFERENCE = "inference (stock numerics and caches)"
 COMPILED = "inside torch.compile"
+TRANSFORMED = "torch.func or forward-mode differentiation"
 
 
 @dataclass(slots=True)
@@ -37,7 +40,8 @@ class Site:
 
     def fall_back(self, block: str, reason: str) -> None:
         """Count one call of ``block`` that ran stock."""
-        self.stock[block, reason] += 1
+        if reason is not COMPILED:  # a counter in traced code would be guarded on: a recompilation a call
+            self.stock[block, reason] += 1
 
 
 def _new_instance(module: str, name: str) -> "FastModule":
@@ -61,7 +65,7 @@ class FastModule(nn.Module):
         writes both into the adapter's config."""
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
-        if stock is not None:
+        if stock in cls.__bases__:  # not for classes that FSDP or a parametrization derive from ours
             cls._importable = (cls.__module__, cls.__qualname__)
             cls.__name__, cls.__module__ = stock.__name__, stock.__module__
 
@@ -82,13 +86,17 @@ class FastModule(nn.Module):
         return False
 
     def obstacle(self, block: str) -> str | None:
-        """Why ``block`` would run stock if it were called in training now; None if it would be fused."""
+        """Why ``block`` would run stock in the adapters' and dropouts' present state; None if it would be fused."""
         raise NotImplementedError
 
     def _may_fuse(self) -> str | None:
         """What rules out every block of this call, before any layer is read."""
         if torch.compiler.is_compiling():
             return COMPILED
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return TRANSFORMED
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return "global module hooks"
         if not torch.is_grad_enabled() and not self.training:
             return INFERENCE
         return None

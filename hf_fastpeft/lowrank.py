@@ -11,13 +11,11 @@ resized or reloaded between two calls.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["LowRank", "compute_dtype", "intercepted", "read", "read_lora_layer", "register_reader"]
 
@@ -25,8 +23,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TENSORS_PER_LINEAR = 5
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(NamedTuple):
     """A linear layer with at most one low-rank adapter.
 
     Attributes:
@@ -62,16 +59,21 @@ def register_reader(layer_class: type, reader: Reader) -> None:
     READERS[layer_class] = reader
 
 
+# What follows runs for every linear of every call, so it reads modules through their dictionaries: nn.Module's own
+# attribute look-up tries the class first and then these same dictionaries.
+
+
 def read(module: nn.Module) -> LowRank | str:
     """The record of ``module`` in its current state, or the reason why it must run stock."""
     reader = READERS.get(type(module))
     if reader is None:
-        return f"unknown layer type {type(module).__name__}"
+        kind = type(module)
+        return f"unknown layer type {kind.__module__}.{kind.__qualname__}"
     return reader(module)
 
 
 def intercepted(module: nn.Module) -> str | None:
-    """Why bypassing ``module.forward`` would skip somebody else's code, or None."""
+    """Why bypassing ``module.forward`` would skip somebody else's code, or None. Global hooks are the caller's."""
     state = module.__dict__
     if "forward" in state:
         return f"{type(module).__name__} has a forward of its own (hook or foreign patch)"
@@ -80,7 +82,6 @@ def intercepted(module: nn.Module) -> str | None:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
     ):
         return f"hooks on {type(module).__name__}"
     return None
@@ -96,7 +97,10 @@ def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
 
 def read_linear(module: nn.Module) -> LowRank | str:
     """Reader of a plain ``nn.Linear``: trainable or frozen, with or without bias."""
-    weight = module.weight
+    parameters = module.__dict__["_parameters"]
+    weight = parameters.get("weight")
+    if weight is None:  # functional_call and sharding put plain tensors on the module
+        weight = module.weight
     # exact types: a DTensor, a quantised parameter or a tensor subclass means something else than a plain product
     if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
         return f"weight is a {type(weight).__name__}"
@@ -114,30 +118,32 @@ def read_lora_layer(layer: Any, factor_class: type[nn.Module]) -> LowRank | str:
         layer: a PEFT ``LoraLayer``.
         factor_class: exact class that ``lora_A``'s entry must have; ``lora_B``'s is ``nn.Linear``.
     """
-    if layer.disable_adapters:
-        return "adapters disabled"
-    if layer.merged:
+    modules = layer.__dict__["_modules"]
+    if layer.merged_adapters:
         return "adapter merged"
-    if layer.fan_in_fan_out or not layer.cast_input_dtype_enabled:
-        return "fan_in_fan_out or input casting switched off"
     if reason := intercepted(layer):
         return reason
-    base = layer.base_layer
+    base = modules["base_layer"]
     if type(base) is not nn.Linear:
         return f"base layer is {type(base).__name__}"
     plain = read_linear(base)
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if isinstance(plain, str) or not active:
+    if isinstance(plain, str) or layer.disable_adapters:
+        return plain  # stock with disabled adapters is its base layer
+    if layer.fan_in_fan_out or not layer.cast_input_dtype_enabled:
+        return "fan_in_fan_out or input casting switched off"
+    factors = modules["lora_A"].__dict__["_modules"]
+    active = [name for name in layer.active_adapters if name in factors]
+    if not active:
         return plain
     if len(active) > 1:
         return f"{len(active)} active adapters"
     name = active[0]
     if name in layer.lora_variant:
         return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
-    dropout = layer.lora_dropout[name]
+    dropout = modules["lora_dropout"].__dict__["_modules"][name]
     if type(dropout) is not nn.Identity and not (isinstance(dropout, nn.Dropout) and _inactive(dropout)):
         return f"dropout p={getattr(dropout, 'p', '?')}"
-    A, B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    A, B, scaling = factors[name], modules["lora_B"].__dict__["_modules"][name], layer.scaling[name]
     if type(A) is not factor_class or type(B) is not nn.Linear or B.bias is not None:
         return f"lora_A is {type(A).__name__}, lora_B is {type(B).__name__}" + (
             " with bias" if B.bias is not None else ""

@@ -71,6 +71,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 
 WRAPPERS = {
+    "DataParallel": "DataParallel",
     "DistributedDataParallel": "DistributedDataParallel (in a Trainer, FastPeftCallback patches at the right moment)",
     "FSDPModule": "fully_shard",
     "FullyShardedDataParallel": "FSDP",
@@ -117,6 +118,7 @@ class Patched:
     impl: Impl
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
+    _last_report: dict[str, Any] | None = None  # what there was to tell when the model was restored
 
     def modules(self) -> Iterator[tuple[str, FastModule]]:
         """Path and module of everything patched and not yet restored."""
@@ -125,18 +127,28 @@ class Patched:
                 yield path, module
 
     def restore(self) -> nn.Module:
-        """Give every module its stock class back; returns the model. Restoring twice changes nothing."""
-        for _, module in list(self.modules()):
-            stock = module.stock_class()
-            assert stock is not None
+        """Give every module its stock class back; returns the model. Restoring twice changes nothing.
+
+        Raises:
+            RuntimeError: somebody derived a class from ours since (``fully_shard``, a parametrization); nothing is
+                changed then.
+        """
+        modules = list(self.modules())
+        _refuse_derived(modules)
+        if modules:
+            self._last_report = self.to_json()
+        for _, module in modules:
             del module._fastpeft
-            _set_class(module, stock)
+            _set_class(module, _stock_of(module))
         return self.model
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready report: per block the modules fused now, those that are not and why, and the calls so far."""
+        modules = list(self.modules())
+        if not modules and self._last_report is not None:
+            return {**self._last_report, "restored": True}
         blocks: dict[str, dict[str, Any]] = {}
-        for _, module in self.modules():
+        for _, module in modules:
             site = module._fastpeft
             for name in module.blocks:
                 row = blocks.setdefault(
@@ -160,13 +172,15 @@ class Patched:
             "blocks": blocks,
             "skipped": dict(self.skipped),
             "unmatched": list(self.unmatched),
+            "restored": False,
         }
 
     def report(self) -> str:
         """The same as a table for people: what would be fused in training now, and what was called so far."""
         data = self.to_json()
         lines = [
-            f"hf_fastpeft: {data['model']} ({data['model_type']}), impl={self.impl}",
+            f"hf_fastpeft: {data['model']} ({data['model_type']}), impl={self.impl}"
+            + (", restored; as it was before" if data["restored"] else ""),
             f"{'block':<14} {'modules':>7} {'fused':>6} {'stock':>6}   calls fused/stock",
         ]
         for name, row in data["blocks"].items():
@@ -188,15 +202,30 @@ class Patched:
         self.restore()
 
 
+def _stock_of(module: FastModule) -> type[nn.Module]:
+    stock = type(module).stock_class()
+    assert stock is not None
+    return stock
+
+
+def _refuse_derived(modules: Iterable[tuple[str, FastModule]]) -> None:
+    """A class made from ours by somebody else must be unmade by them: setting ours would lose what it does."""
+    for path, module in modules:
+        if "_importable" not in vars(type(module)):
+            raise RuntimeError(
+                f"{path} is now a {type(module).__name__}, a class that another library derived from the patched one "
+                f"(fully_shard, parametrizations); undo that first, or leave the model patched"
+            )
+
+
 @contextmanager
 def stock_forwards(modules: Iterable[FastModule]) -> Iterator[None]:
     """Inside, these modules run their stock forward; their records stay."""
     swapped = [(module, type(module)) for module in modules]
+    _refuse_derived([(type(module).__name__, module) for module, _ in swapped])
     try:
-        for module, fast in swapped:
-            stock = fast.stock_class()
-            assert stock is not None
-            _set_class(module, stock)
+        for module, _ in swapped:
+            _set_class(module, _stock_of(module))
         yield
     finally:
         for module, fast in swapped:
@@ -208,7 +237,7 @@ def _bare(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def patch_model(model: nn.Module, *, impl: Impl = "auto", only: Collection[str] | None = None) -> Patched:
+def patch_model(model: nn.Module, *, impl: Impl = "auto", only: str | Collection[str] | None = None) -> Patched:
     """Swap the blocks of this model for fused ones.
 
     Works on a transformers model before or after PEFT wrapped it, and on a ``PeftModel``. Nothing is copied or moved;
@@ -219,7 +248,7 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: Collection[str] 
         model: a model whose ``config.model_type`` has a registered family.
         impl: ``"auto"`` takes Triton on CUDA tensors and torch elsewhere; ``"triton"`` insists; ``"torch"`` never
             takes it.
-        only: stock class names to patch (for example ``{"LlamaMLP"}``); all of the family's by default.
+        only: stock class name or names to patch (for example ``"LlamaMLP"``); all of the family's by default.
 
     Returns:
         A :class:`Patched`: ``.report()``, ``.to_json()``, ``.restore()``; as a context manager it restores on exit.
@@ -233,9 +262,11 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: Collection[str] 
     """
     if impl not in IMPLS:
         raise ValueError(f"patch_model: impl={impl!r}; possible: {', '.join(map(repr, IMPLS))}")
+    _refuse_wrapped(model)
     family = _load_family(model)
     swaps = family.swaps
     if only is not None:
+        only = {only} if isinstance(only, str) else only
         known = {stock.__name__ for stock in swaps}
         if unknown := set(only) - known:
             raise NothingToPatchError(f"patch_model: only={sorted(unknown)}; possible: {sorted(known)}")
@@ -245,7 +276,6 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: Collection[str] 
         raise AlreadyPatchedError(
             f"patch_model: {already} modules of this model are patched already; call .restore() on the first result"
         )
-    _refuse_wrapped(model)
     matched = [(path, module) for path, module in model.named_modules() if type(module) in swaps]
     if not any(hasattr(swaps[type(module)], "linears") for _, module in matched) and only is None:
         raise NothingToPatchError(

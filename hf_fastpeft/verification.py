@@ -20,7 +20,7 @@ from hf_fastpeft.patching import patch_model, stock_forwards
 __all__ = ["Comparison", "Verification", "verify"]
 
 # relative difference of two float32 (float64) runs whose additions are ordered differently, over a 30-layer model
-DIRECT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+DIRECT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 FACTOR = 2.0  # of stock's own rounding error, in half precision
 GROUP_MINIMUM = 4096  # gradients smaller than this are compared per kind, not one by one: their error is luck
 
@@ -130,7 +130,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
         A :class:`Verification`: ``.passed``, ``.to_json()``, and a table as ``str()``.
 
     Raises:
-        ValueError: no trainable parameter, or no loss from this batch.
+        ValueError: no trainable parameter, or no finite loss from this batch.
         FastPeftError: the model cannot be patched; see :func:`hf_fastpeft.patch_model`.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -150,6 +150,10 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
                     reasons[f"{block}: {why}"] = reasons.get(f"{block}: {why}", 0) + calls
         with stock_forwards(fast_modules):
             want = _step(model, batch)
+            if not torch.isfinite(want["loss"]).all():
+                raise ValueError(
+                    f"verify: stock's own loss is {want['loss'].item()}; the batch needs a label to learn"
+                )
             dtypes = {p.dtype for p in model.parameters()}
             device = next(model.parameters()).device.type
             half = bool(dtypes & {torch.float16, torch.bfloat16}) or torch.is_autocast_enabled(device)

@@ -135,6 +135,27 @@ def test_bf16_autocast_runs_fused(tmp_path):
     assert block_calls(trainer)[1] == {}
 
 
+def test_restore_under_accelerates_autocast_wrapper():
+    """Without PEFT the CausalLM is the prepared model, and accelerate's wrapper keeps the forward it found."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from trl.trainer.utils import add_fused_lm_head
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, unless told to forget
+    model = tiny_llama().train()
+    patched = patch_model(model)
+    add_fused_lm_head(model)
+    model.lm_head.weight.requires_grad_(False)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    fast = prepared(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert "lm_head              1      1      0   1/0" in patched.report()
+    patched.restore()
+    stock = prepared(input_ids=ids, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(fast.log_probs, stock.log_probs, rtol=2e-2, atol=2e-2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def dpo(folder, how, **overrides):
     torch.manual_seed(0)
     rows = [
@@ -159,7 +180,8 @@ def test_dpo_is_step_identical(checkpointing, tmp_path):
     assert_same_run(got, want)
     fused, stock = block_calls(trainer)
     assert fused["lm_head"] == 2 * 4 * 2  # policy and reference
-    assert set(stock["mlp"]) == {"gate_proj: adapters disabled"}  # the reference pass
+    assert stock == {}
+    assert got[0]["rewards/margins"] == 0  # policy and reference start equal, to the last bit
 
 
 def test_a_trained_head_keeps_trls_own(tmp_path):
@@ -186,7 +208,10 @@ def test_restore_leaves_trls_forward_in_place(tmp_path):
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_twenty_steps_of_the_real_model_are_within_1e_4(tmp_path):
-    """SmolLM2-135M in float32, TRL SFT with LoRA: stock and patched runs, step by step."""
+    """SmolLM2-135M in float32, TRL SFT with LoRA: stock and patched runs, step by step.
+
+    At LoRA's usual learning rate. At 1e-2 stock itself, on one thread instead of two, drifts by 3e-5 within 7 steps.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_fastpeft.quickstart.data import load_builtin_rows
@@ -199,7 +224,7 @@ def test_twenty_steps_of_the_real_model_are_within_1e_4(tmp_path):
         torch.manual_seed(0)
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            args=arguments(tmp_path / how, max_steps=20, per_device_train_batch_size=2, max_length=128, seed=1),
+            args=arguments(tmp_path / how, max_steps=20, learning_rate=2e-4, max_length=128, seed=1),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(folder),
             peft_config=LoraConfig(r=8, target_modules="all-linear"),

@@ -45,8 +45,8 @@ def test_a_patched_model_stays_patched():
 def test_finds_planted_mistakes(mistake, dtype, monkeypatch):
     model = adapted_llama("sora", dtype)
     if mistake == "scaling":
-        stock = projection._scaled_B
-        monkeypatch.setattr(projection, "_scaled_B", lambda low, dtype: 1.1 * stock(low, dtype))
+        stock = projection._add_product
+        monkeypatch.setattr(projection, "_add_product", lambda out, a, b, scale=1.0: stock(out, a, b, 1.1 * scale))
     else:
         stock_bwd = projection.project_bwd
 
@@ -73,5 +73,7 @@ def test_errors():
     frozen = tiny_llama().requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         verify(frozen, BATCH)
+    with pytest.raises(ValueError, match="stock's own loss is nan; the batch needs a label"):
+        verify(tiny_llama(), {**BATCH, "labels": torch.full_like(BATCH["labels"], -100)})
     with pytest.raises(ValueError, match="the batch needs labels"):
         verify(tiny_llama(), {"input_ids": BATCH["input_ids"]})

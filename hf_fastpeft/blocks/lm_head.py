@@ -7,6 +7,7 @@ vocabulary size instead of three (logits, logits again, gradient), and no (token
 Shape legend: N = tokens with a label, H = hidden_size, V = vocab_size, C = columns of one chunk.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -55,15 +56,24 @@ def _accumulate(acc: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> N
         acc.addmm_(left.to(acc.dtype), right.to(acc.dtype))
 
 
-def _tiles(n: int, vocab: int, device: torch.device) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    tokens, entries = TILES.get(device.type, TILES["cuda"])
-    columns = [(first, min(first + entries, vocab)) for first in range(0, vocab, entries)]
-    return [(first, min(first + tokens, n), columns) for first in range(0, n, tokens)]
+Tile = tuple[int, torch.Tensor, torch.Tensor | None]
+
+
+def _tiles(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, n: int
+) -> tuple[Iterator[Tile], list[tuple[int, int]]]:
+    """``((first column, weight tile, bias tile), ...), ((first token, end), ...)``; each tile is cast once."""
+    tokens, entries = TILES.get(weight.device.type, TILES["cuda"])
+    starts = range(0, weight.shape[0], entries)
+    columns = (
+        (i, weight[i : i + entries].to(dtype), None if bias is None else bias[i : i + entries].to(dtype))
+        for i in starts
+    )
+    return columns, [(first, min(first + tokens, n)) for first in range(0, n, tokens)]
 
 
 def _products(h_NH: torch.Tensor, weight_CH: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    weight_CH = weight_CH.to(h_NH.dtype)
-    return h_NH @ weight_CH.t() if bias_C is None else torch.addmm(bias_C.to(h_NH.dtype), h_NH, weight_CH.t())
+    return h_NH @ weight_CH.t() if bias_C is None else torch.addmm(bias_C, h_NH, weight_CH.t())
 
 
 class _LMHead(torch.autograd.Function):
@@ -80,14 +90,17 @@ class _LMHead(torch.autograd.Function):
         need_grad = ctx.needs_input_grad[0]
         others_NH = torch.zeros(N, H, dtype=wide, device=hidden.device) if need_grad else None
         scale, softcap = _fold_scales(options)
-        for first, last, columns in _tiles(N, weight.shape[0], hidden.device):
-            h_NH, targets_N, rows = hidden[first:last].to(dtype), targets[first:last], stats.rows(first, last)
-            for start, end in columns:
-                z_NC = _products(h_NH, weight[start:end], None if bias is None else bias[start:end])
-                e_NC, rescale_N = fold(z_NC, targets_N, start, rows, scale=scale, softcap=softcap, impl=impl)
+        h_NH = hidden.to(dtype)
+        columns, rows = _tiles(weight, bias, dtype, N)
+        for start, weight_CH, bias_C in columns:
+            for first, last in rows:
+                z_NC = _products(h_NH[first:last], weight_CH, bias_C)
+                e_NC, rescale_N = fold(
+                    z_NC, targets[first:last], start, stats.rows(first, last), scale=scale, softcap=softcap, impl=impl
+                )
                 if others_NH is not None:
                     part = others_NH[first:last].mul_(rescale_N.unsqueeze(1))
-                    _accumulate(part, e_NC, weight[start:end].to(dtype))
+                    _accumulate(part, e_NC, weight_CH)
         below_N = stats.target - stats.maximum  # the target's logit under the largest one
         log_total_N = torch.log1p(stats.rest + torch.expm1(below_N))
         total_N, log_z_N = stats.rest + below_N.exp(), stats.maximum + log_total_N
@@ -127,10 +140,11 @@ def _entropy_bwd(
     wide = log_z_N.dtype
     d_hidden_NH = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     scale, softcap = _fold_scales(options)
-    for first, last, columns in _tiles(hidden.shape[0], weight.shape[0], hidden.device):
-        h_NH = hidden[first:last].to(dtype)
-        for start, end in columns:
-            z_NC = _products(h_NH, weight[start:end], None if bias is None else bias[start:end]).to(wide) * scale
+    h_NH = hidden.to(dtype)
+    columns, rows = _tiles(weight, bias, dtype, hidden.shape[0])
+    for _, weight_CH, bias_C in columns:
+        for first, last in rows:
+            z_NC = _products(h_NH[first:last], weight_CH, bias_C).to(wide) * scale
             slope = torch.full((), scale, dtype=wide, device=hidden.device)
             if softcap is not None:
                 tanh_NC = torch.tanh(z_NC / softcap)
@@ -138,7 +152,7 @@ def _entropy_bwd(
             log_p_NC = z_NC - log_z_N[first:last].unsqueeze(1)
             d_z_NC = -log_p_NC.exp() * (log_p_NC + entropy_N[first:last].unsqueeze(1)) * slope
             d_z_NC.mul_(d_entropy_N[first:last].unsqueeze(1))
-            _accumulate(d_hidden_NH[first:last], d_z_NC.to(dtype), weight[start:end].to(dtype))
+            _accumulate(d_hidden_NH[first:last], d_z_NC.to(dtype), weight_CH)
     return d_hidden_NH.to(hidden.dtype)
 
 

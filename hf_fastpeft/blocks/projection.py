@@ -61,12 +61,6 @@ def _adapters(stack: Stack, dtype: torch.dtype) -> _Adapters | None:
     return _Adapters(torch.cat(factors) if len(factors) > 1 else factors[0], gates, slices)
 
 
-def _scaled_B(low: LowRank, dtype: torch.dtype) -> torch.Tensor:
-    assert low.B is not None
-    B_OR = low.B.to(dtype)
-    return B_OR if low.scaling == 1.0 else B_OR * low.scaling
-
-
 def project(
     x_TI: torch.Tensor, stack: Stack, side_dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -88,15 +82,19 @@ def project(
     S_TR = P_TR if side.g_R is None else P_TR * side.g_R
     for i, (low, ranks) in enumerate(zip(stack, side.slices, strict=True)):
         if ranks is not None:
-            outs[i] = _add_product(outs[i], S_TR[:, ranks], _scaled_B(low, side_dtype).t())
+            assert low.B is not None
+            outs[i] = _add_product(outs[i], S_TR[:, ranks], low.B.to(side_dtype).t(), low.scaling)
     return outs, P_TR
 
 
-def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``out + left @ right`` in the dtype of ``out``, through the factors' dtype where that is wider."""
+def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """``out + scale * left @ right`` in the dtype of ``out``, through the factors' where that is wider.
+
+    The scale goes into the product's epilogue: multiplied into a half-precision factor it would round it.
+    """
     if out.dtype == left.dtype:
-        return out.addmm_(left, right)
-    return out.to(left.dtype).addmm_(left, right).to(out.dtype)
+        return out.addmm_(left, right, alpha=scale)
+    return out.to(left.dtype).addmm_(left, right, alpha=scale).to(out.dtype)
 
 
 def needs_input(needs: Needs) -> bool:
@@ -139,7 +137,8 @@ def project_bwd(
         if ranks is not None:
             assert U_TR is not None and S_TR is not None and low.B is not None
             d_side_TO = d_TO.to(side_dtype)
-            torch.mm(d_side_TO, _scaled_B(low, side_dtype), out=U_TR[:, ranks])
+            # beta=0 ignores what the fresh buffer holds, NaN included
+            U_TR[:, ranks].addmm_(d_side_TO, low.B.to(side_dtype), beta=0, alpha=low.scaling)
             if needs[at + 3]:
                 d_B = (d_side_TO.t() @ S_TR[:, ranks]).to(low.B.dtype)
                 grads[at + 3] = d_B if low.scaling == 1.0 else d_B.mul_(low.scaling)

@@ -1,6 +1,5 @@
 """How the fused blocks read a SoRA layer: a LoRA layer's record with the gate of its one active adapter."""
 
-from dataclasses import replace
 from typing import Any
 
 from hf_fastpeft.lowrank import LowRank, intercepted, read_lora_layer
@@ -19,4 +18,4 @@ def read_sora_layer(layer: Any) -> LowRank | str:
     if reason := intercepted(gated.gate):
         return reason
     gated.warn_if_never_pruned()
-    return replace(record, gate=gated.gate.weight, gate_scale=gated.gate.scale)
+    return record._replace(gate=gated.gate.weight, gate_scale=gated.gate.scale)

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,12 +74,14 @@ def run_part(name: str, part: Part, out: Path, *, gpu: bool, limit_s: float) -> 
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     log, started = out / f"{name}.log", time.perf_counter()
     with log.open("w") as sink:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(min(part.limit_s, limit_s))
             status = "passed" if code == 0 else f"failed (exit {code})"
         except subprocess.TimeoutExpired:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # and the worker it started, which holds the GPU
             process.wait()
             status = "timed out"
     lines = [line for line in log.read_text().splitlines() if line.strip()]

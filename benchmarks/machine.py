@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import ROOT
+
 __all__ = [
     "describe",
     "device_name",
@@ -20,7 +22,6 @@ __all__ = [
     "synchronize",
 ]
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "torch",
     "triton",

@@ -39,6 +39,13 @@ def test_planted_wrong_gradient_is_refused_in_half_precision():
     assert verdict.worst == "o_proj.lora_A"
 
 
+def test_reference_from_another_process_is_the_same():
+    setting = replace(TOY, dtype="bfloat16")
+    here, there = gate.reference(setting, DEVICE), gate.reference_elsewhere(setting)
+    assert there.bounds == pytest.approx(here.bounds, rel=0.1)
+    torch.testing.assert_close(there.want, here.want, rtol=1e-3, atol=1e-5)
+
+
 def test_planted_slowdown_is_found():
     stock, slow = (worker.measure(v, TOY, steps=5, warmup=2) for v in ("stock", "planted-slow"))
     assert stock["status"] == slow["status"] == "timed"

@@ -61,6 +61,8 @@ def steps(results: Results) -> str:
     for name, content in _of_kind(results, "step").items():
         cut = "" if content["complete"] else " (cut off: what finished)"
         parts.append(f"### Training steps: {name}{cut}\n\n`{content['command']}`\n\n{_where(content)}")
+        if content["machine"]["device_type"] == "cpu":
+            parts.append("\nOn a CPU, where other processes run: read ratios, within the spread.")
         parts.append(step_table(content))
     return "\n".join(parts)
 
@@ -151,7 +153,7 @@ def _budget_picture(plt: Any, results: Results, path: Path) -> bool:
         axis.set_xticks([x + 0.2 for x in range(len(contents))], [c["settings"]["model"] for c in contents])
         axis.set_title(title, fontsize=10)
         axis.margins(y=0.15)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)  # where bars are short
     figure.suptitle("One decoder layer, LoRA r 16: counts of a trace, not speeds", fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -159,7 +161,7 @@ def _budget_picture(plt: Any, results: Results, path: Path) -> bool:
 
 
 def _step_picture(plt: Any, content: dict[str, Any], path: Path) -> bool:
-    timed = [r for r in content["runs"] if r["status"] == "timed" and not r["repeat"] and not r.get("discarded")]
+    timed = [r for r in content["runs"] if r["status"] == "timed" and not r["repeat"] and not r.get("discarded", True)]
     names = list(dict.fromkeys(run["setting_name"] for run in timed))
     if not names:
         return False

@@ -80,6 +80,7 @@ def run_suite(
     """
     chosen = variants or suite.variants
     device = machine.describe()
+    device["threads"] = suite.threads or device["threads"]
     result: dict[str, Any] = {
         "kind": "step",
         "suite": name,
@@ -111,7 +112,7 @@ def run_suite(
                     other["drift"], other["discarded"] = drift, drift > result["drift_allowed"]
             _replace(out, result)
             print(f"  {summary(run)}", flush=True)
-    result["complete"] = True
+    result["complete"] = all(run["status"] != "not started" for run in result["runs"])
     _replace(out, result)
     return result
 
@@ -142,7 +143,7 @@ def table(result: dict[str, Any]) -> str:
         runs = [run for run in result["runs"] if run["setting_name"] == setting]
         first = next((run["median_ms"] for run in runs if run["status"] == "timed" and run["ends"]), None)
         drift = drift_of(runs)
-        note = "no repeat" if drift is None else f"drift {drift:.1%}"
+        note = "no repeat: no result" if drift is None else f"drift {drift:.1%}"
         if drift is not None and drift > result["drift_allowed"]:
             note += f", over {result['drift_allowed']:.0%}: no result"
         lines += [

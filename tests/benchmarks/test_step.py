@@ -19,7 +19,9 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
+    """Here and in processes started here: tiny work waits a time slice for other threads on a busy machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

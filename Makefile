@@ -6,7 +6,10 @@ export HF_HUB_OFFLINE ?= 1
 # Without an NVIDIA GPU, hold torch at the constrained release instead of pulling the newest CUDA packages.
 CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: quickstart test test-slow lint types format bench clean
+# gpu-check needs no installation: it runs from a checkout with the Python that has torch. OUT=folder for its results.
+OUT ?= outputs/gpu-check
+
+.PHONY: quickstart test test-slow lint types format bench gpu-check clean
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +44,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.cpu_step
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -11,12 +11,20 @@ def rel_err(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def assert_no_worse(
-    name: str, got: torch.Tensor, same_dtype: torch.Tensor, ref64: torch.Tensor, factor: float = 2.0
+    name: str,
+    got: torch.Tensor,
+    same_dtype: torch.Tensor,
+    ref64: torch.Tensor,
+    factor: float = 2.0,
+    terms: float = 0.0,
 ) -> None:
-    """``got`` is finite and at most ``factor`` times as far from ``ref64`` as plain torch at its dtype, plus eps."""
+    """``got`` is finite and at most ``factor`` times as far from ``ref64`` as plain torch at its dtype, plus eps.
+
+    ``terms`` is the norm of the terms whose difference the result is, where they cancel: each is rounded.
+    """
     assert torch.isfinite(got).all(), f"{name}: non-finite values"
     err, base = rel_err(got, ref64), rel_err(same_dtype, ref64)
-    floor = torch.finfo(got.dtype).eps
+    floor = torch.finfo(got.dtype).eps * max(1.0, terms / ref64.double().norm().clamp_min(1e-30).item())
     assert err <= factor * base + floor, (
         f"{name}: relative error {err:.2e}; plain torch at {got.dtype} has {base:.2e}, eps {floor:.1e}"
     )

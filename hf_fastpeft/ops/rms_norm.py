@@ -144,7 +144,7 @@ def rms_norm_bwd(
             d_weight_D = (d_wide * x_wide).mul_(rstd).sum(0).to(weight.dtype)
         # d_x = rstd * (wd - x_hat * mean(wd * x_hat)), with x_hat = x * rstd
         dot_N1 = (wd_ND * x_wide).sum(-1, keepdim=True)
-        d_x_ND = wd_ND.mul_(rstd).addcmul_(x_wide, dot_N1.mul_(rstd.pow(3)), value=-1.0 / D)
+        d_x_ND = wd_ND.addcmul_(x_wide, dot_N1.mul_(rstd).mul_(rstd), value=-1.0 / D).mul_(rstd)
         return d_x_ND.to(x.dtype), d_weight_D
     partial_PD = None
     if with_dw:  # no program, no row: the sum over none is zero

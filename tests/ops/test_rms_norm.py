@@ -32,12 +32,15 @@ def inputs(shape, dtype, weight_dtype, seed, scale=1.0):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_against_float64(impl, leading, D, dtype, float32_weight, seed, scale):
     x, weight, d_out = inputs((*leading, D), dtype, torch.float32 if float32_weight else dtype, seed, scale)
+    # d_x is the part of w * d_out * rstd orthogonal to x: in a row of two or three numbers little of it is left
+    rstd = torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS)
     compare(
         ("out", "d_x", "d_weight"),
         lambda a, b: rms_norm(a, b, EPS, impl=impl),
         lambda a, b: rms_norm_torch(a, b, EPS),
         [x, weight],
         [d_out],
+        terms={"d_x": (weight.double() * d_out.double() * rstd).norm().item()},
     )
 
 

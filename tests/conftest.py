@@ -12,8 +12,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import interp_bf16
 import pytest
+from hypothesis import settings
 
 interp_bf16.install()
+# CI tries the same examples every time; everybody else new ones, and reports what they find
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture

@@ -21,10 +21,12 @@ def assert_no_worse(
     """``got`` is finite and at most ``factor`` times as far from ``ref64`` as plain torch at its dtype, plus eps.
 
     ``terms`` is the norm of the terms whose difference the result is, where they cancel: each is rounded a few times.
+    The rounding errors of many numbers average; of a handful plain torch's can be zero by luck, so few get more room.
     """
     assert torch.isfinite(got).all(), f"{name}: non-finite values"
     err, base = rel_err(got, ref64), rel_err(same_dtype, ref64)
-    floor = torch.finfo(got.dtype).eps * max(1.0, 4 * terms / ref64.double().norm().clamp_min(1e-30).item())
+    cancelled = 4 * terms / ref64.double().norm().clamp_min(1e-30).item()
+    floor = torch.finfo(got.dtype).eps * max(1.0, 4 / max(got.numel(), 1) ** 0.5, cancelled)
     assert err <= factor * base + floor, (
         f"{name}: relative error {err:.2e}; plain torch at {got.dtype} has {base:.2e}, eps {floor:.1e}"
     )

@@ -12,27 +12,24 @@ model is asked for its Triton kernels.
 import argparse
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.models import SHAPES, Shape, add_adapter, build_model
 from benchmarks.trace import FlashAttention, LaunchCounter, saved_storages, storage_key
-from hf_fastpeft import layers as layers_module
-from hf_fastpeft import lowrank, patch_model
+from hf_fastpeft import patch_model
 from hf_fastpeft.ops import _backend
-from hf_fastpeft.patching import FAMILIES
+from hf_fastpeft.patching import FAMILIES, Patched
 
 __all__ = ["VARIANTS", "LayerBudget", "layer_budget", "main"]
 
@@ -82,22 +79,6 @@ class LayerBudget:
     stock_blocks: dict[str, Any]
 
 
-@contextmanager
-def _blocks_take_fakes() -> Iterator[None]:
-    """Lets the fused blocks and their kernels take what they rightly refuse outside a trace.
-
-    ``impl="triton"`` takes CPU tensors, as under Triton's interpreter: nothing is launched on a fake tensor. Weights
-    must be exactly ``nn.Parameter``, and a fake parameter's type is FakeTensor.
-    """
-    fake_nn = SimpleNamespace(**vars(nn) | {"Parameter": FakeTensor})
-    with (
-        mock.patch.object(_backend, "INTERPRETED", True),
-        mock.patch.object(lowrank, "nn", fake_nn),
-        mock.patch.object(layers_module, "nn", fake_nn),
-    ):
-        yield
-
-
 def _fake(model: nn.Module) -> nn.Module:
     """Replaces meta tensors by fake CPU tensors; must run inside FakeTensorMode. Tied parameters stay tied."""
     made: dict[torch.Tensor, torch.Tensor] = {}
@@ -112,19 +93,29 @@ def _fake(model: nn.Module) -> nn.Module:
     return model
 
 
+def _patch(model: nn.Module) -> Patched:
+    """Everything but the head, which picks the labelled rows by their values; a trace has none."""
+    family = import_module(FAMILIES[model.config.model_type]).FAMILY  # type: ignore[union-attr]
+    only = {stock.__name__ for stock, fast in family.swaps.items() if "lm_head" not in fast.blocks}
+    return patch_model(model, impl="triton", only=only)
+
+
 def _trace(shape: Shape, variant: str, layers: int, seq_len: int, rank: int, dropout: float) -> dict[str, Any]:
     meta = add_adapter(build_model(shape, layers=layers, device="meta"), "lora", rank, dropout)
     meta.config._attn_implementation = FLASH
-    with FakeTensorMode(), warnings.catch_warnings(), _blocks_take_fakes():
+    # the kernels take CPU tensors as under Triton's interpreter: nothing is launched on a fake tensor
+    with FakeTensorMode(), warnings.catch_warnings(), mock.patch.object(_backend, "INTERPRETED", True):
         warnings.simplefilter("ignore")
         # built outside: PEFT moves the adapter's modules, which FakeTensors do not allow
         model = _fake(meta)
         if "checkpointing" in variant:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
-        patched = patch_model(model, impl="triton") if "patched" in variant else None
+        patched = _patch(model) if "patched" in variant else None
         held = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
         ids = torch.zeros(1, seq_len, dtype=torch.int64)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(input_ids=ids)  # the first forward of a model lays things out
         with LaunchCounter(shape.vocab) as counter:
             with saved_storages(held) as saved, torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss

@@ -32,7 +32,15 @@ FREE = {
     "aten.sym_size",
     "prim.device",
 }
-PRODUCTS = {"aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm", "aten._addmm_activation"}
+PRODUCTS = {
+    "aten.mm",
+    "aten.addmm",
+    "aten.addmm_",
+    "aten.bmm",
+    "aten.baddbmm",
+    "aten._addmm_activation",
+    "hf_fastpeft.mm_wide",
+}
 ATTENTION = {
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_flash_attention_backward",
@@ -54,12 +62,21 @@ def _moved(*tensors: torch.Tensor | None) -> int:
 # Bytes that one launch of ours moves, from its arguments and results: (arguments) -> bytes without the results.
 # A tensor the kernel reads and overwrites counts twice, one it only fills counts once.
 COSTS: dict[str, Callable[..., int]] = {
-    "rms_norm_fwd": lambda x, weight, eps: _moved(x, weight),
-    "rms_norm_bwd": lambda d_out, x, weight, rstd, partial: _moved(d_out, x, weight, rstd, partial),
-    "swiglu_fwd": lambda gate, up: _moved(gate, up),
-    "swiglu_bwd": lambda d_out, gate, up, out: _moved(d_out, gate, up, out),
-    "rotate_": lambda q, k, cos, sin, inverse: 2 * _moved(q, k) + _moved(cos, sin),
-    "rotate": lambda q, k, cos, sin, q_out, k_out, inverse: _moved(q, k, cos, sin, q_out, k_out),
+    "rms_norm_fwd": lambda x, weight, eps, unit_offset: _moved(x, weight),
+    "rms_norm_bwd": lambda d_out, x, weight, rstd, d_residual, partial, out, unit_offset: _moved(
+        d_out, x, weight, rstd, d_residual, partial, out
+    ),
+    "glu_fwd": lambda gate, up, out, activation: _moved(gate, up, out),
+    "glu_bwd": lambda d_out, gate, up, d_gate, d_up, out, activation: _moved(d_out, gate, up, d_gate, d_up, out),
+    # in place, the dimensions that do not turn are not touched
+    "rotate_": lambda q, k, cos, sin, v, v_out, inverse: (
+        2 * _moved(q[..., : cos.shape[-1]], k[..., : cos.shape[-1]]) + _moved(cos, sin, v, v_out)
+    ),
+    "rotate": lambda q, k, cos, sin, q_out, k_out, v, v_out, inverse: _moved(q, k, cos, sin, q_out, k_out, v, v_out),
+    "norm_rotate": lambda q, k, q_weight, k_weight, q_eps, k_eps, unit_offset, *rest: _moved(
+        q, k, q_weight, k_weight, *rest
+    ),
+    "norm_rotate_bwd": lambda *args: _moved(*(t for t in args if isinstance(t, torch.Tensor))),
     # the logits are read twice (maximum first, sums second) and overwritten; the statistics of a token are noise
     "fold": lambda z, *_: 3 * nbytes(z),
 }

@@ -1,25 +1,37 @@
-"""The CausalLM's head under TRL: its fused-head contract served with the gradient taken in the forward.
+"""The CausalLM's loss from its labels without logits: a frozen head whose gradient is taken in the forward.
 
-TRL's trainers put a forward of their own on the CausalLM instance, after the trainer's constructor has run our
-callbacks, and call it with ``fused_lm_head=True``. The fast class therefore looks at the instance's ``forward`` each
-time it is asked for: TRL's is served by our block where the head is frozen and plain, everything else is left alone.
-Neither the instance's attribute nor TRL's module is written to, and ``restore()`` leaves TRL's own forward in place.
+Two callers. A plain ``model(..., labels=...)`` in training (``transformers.Trainer``, custom loops) gets stock's loss
+and an output whose logits are computed if somebody asks for them. TRL's trainers put a forward of their own on the
+CausalLM instance, after the trainer's constructor has run our callbacks, and call it with ``fused_lm_head=True``: its
+contract is served by the same block. The fast class therefore looks at the instance's ``forward`` each time it is
+asked for, and leaves any other than TRL's alone. Neither the instance's attribute nor TRL's module is written to, and
+``restore()`` leaves TRL's own forward in place.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_fastpeft.blocks.lm_head import HeadOptions, lm_head_log_probs
+from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
 from hf_fastpeft.layers import COMPILED, FastModule
-from hf_fastpeft.lowrank import compute_dtype, read
+from hf_fastpeft.lowrank import LowRank, compute_dtype, read
 
-__all__ = ["FastCausalLM"]
+__all__ = ["CausalLMOutputWithLazyLogits", "FastCausalLM", "LazyLogits"]
 
-NO_HEAD = "plain forward: real logits"
+IGNORED = -100
+NOT_TRAINING = "not training: real logits"
+NO_LABELS = "no labels: real logits"
+FOREIGN = "foreign forward on this instance (another library patched it)"
+# how families other than ours scale their logits; what each means is the family's to say, in head_options
+SCALES = ("lm_head_multiplier", "logit_scale", "logits_scaling", "output_multiplier")
 # what TRL's forward closes over; another version with other names keeps its own head
 CLOSED_OVER = {
     "backbone_attr",
@@ -30,6 +42,57 @@ CLOSED_OVER = {
     "temperature",
     "text_config",
 }
+
+
+class LazyLogits:
+    """Stands for the logits in an output's mapping; a copy of the mapping takes it along.
+
+    Looks like a tensor as far as ``accelerate`` asks when it converts a half-precision output to float32.
+    """
+
+    def __init__(self, compute: Callable[[], torch.Tensor], dtype: torch.dtype) -> None:
+        self.compute, self.dtype = compute, dtype
+
+    def float(self) -> "LazyLogits":
+        """The same in float32, as lazily."""
+        return LazyLogits(lambda: self.compute().float(), torch.float32)
+
+
+@dataclass
+class CausalLMOutputWithLazyLogits(CausalLMOutputWithPast):
+    """``CausalLMOutputWithPast`` whose logits are computed when they are first read.
+
+    By attribute, by key, by position or in ``to_tuple()`` they are stock's logits, in the autograd graph; only
+    ``items()`` and ``values()``, with which libraries rebuild outputs, give the :class:`LazyLogits`.
+    """
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """``(batch, seq_len, vocab_size)``, in the dtype that stock's would have."""
+        value = self.__dict__.get("logits")
+        if isinstance(value, LazyLogits):
+            value = self.logits = value.compute()
+        return value
+
+    @logits.setter
+    def logits(self, value: Any) -> None:
+        self.__dict__["logits"] = value
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, str):
+            value = super().__getitem__(k)
+            return self.logits if isinstance(value, LazyLogits) else value
+        keys = list(self.keys())[k]  # only what was asked for: outputs[0] is the loss
+        return self[keys] if isinstance(keys, str) else tuple(self[key] for key in keys)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary's."""
+        value = super().get(key, default)
+        return self.logits if isinstance(value, LazyLogits) else value
+
+    def __reduce__(self) -> Any:
+        assert self.logits is None or isinstance(self.logits, torch.Tensor)  # computed: a pickle carries the tensor
+        return super().__reduce__()
 
 
 def _trl_options(forward: Any) -> dict[str, Any] | None:
@@ -43,21 +106,48 @@ def _trl_options(forward: Any) -> dict[str, Any] | None:
     return {name: cell.cell_contents for name, cell in zip(names, function.__closure__, strict=True)}
 
 
+def _forward_over(stock: Any) -> Callable[..., Any]:
+    """The forward of a patched CausalLM over that of this stock class."""
+    signature = inspect.signature(stock.forward)
+    defaults = {
+        name: parameter.default
+        for name, parameter in list(signature.parameters.items())[1:]
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    }
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the class is stock's again after restore(), while others may hold this function
+        if torch.compiler.is_compiling() or not isinstance(self, FastCausalLM):
+            return stock.forward(self, *args, **kwargs)
+        given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        reason = self._call_obstacle(given)
+        if reason is not None or len(args) > len(defaults) or not kwargs.keys().isdisjoint([*defaults][: len(args)]):
+            self._fastpeft.fall_back("lm_head", reason or "arguments that stock refuses")
+            return stock.forward(self, *args, **kwargs)
+        return self._fused_loss(given)
+
+    # Trainer and generate() decide by the signature; accelerate unwraps along __wrapped__ and must stop here
+    del forward.__wrapped__
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
+
+
 class _ForwardOf:
     """Data descriptor: what ``model.forward`` is, given what other libraries put on the instance."""
 
     @torch.compiler.disable  # a lookup, not a computation; traced, it recurses (torch 2.13)
-    def __get__(self, model: Any, owner: type[FastModule]) -> Callable[..., Any]:
-        stock: Callable[..., Any] = (owner.stock_class() or nn.Module).forward
+    def __get__(self, model: Any, owner: Any) -> Callable[..., Any]:
+        fast: Callable[..., Any] = getattr(owner, "_over_stock", nn.Module.forward)
         if model is None:
-            return stock
+            return fast
         own: Callable[..., Any] | None = model.__dict__.get("forward")
         if own is None:
-            return stock.__get__(model)  # type: ignore[no-any-return]
+            return MethodType(fast, model)
         options = _trl_options(own)
         if options is None:
             return own
-        wrapped = partial(_serve_trl, model, own, options)
+        wrapped = functools.partial(_serve_trl, model, own, options)
         wrapped.__wrapped__ = own  # type: ignore[attr-defined]  # generate() reads the signature
         return wrapped
 
@@ -69,77 +159,236 @@ class _ForwardOf:
 
 
 class FastCausalLM(FastModule):
-    """A CausalLM whose TRL head takes its gradient in the forward; without TRL it is stock."""
+    """A CausalLM that computes its loss without logits in training, for Trainer's own forward and for TRL's."""
 
     blocks = ("lm_head",)
     forward = _ForwardOf()
+    _over_stock: ClassVar[Callable[..., Any]]
+    config: Any
+    base_model_prefix: str
+    get_output_embeddings: Callable[[], nn.Module]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """One forward a class, so that others may compare it by identity."""
+        super().__init_subclass__(**kwargs)
+        stock = cls.stock_class()
+        if stock in cls.__bases__:
+            cls._over_stock = staticmethod(_forward_over(stock))
 
     @classmethod
     def tolerates(cls, forward: Any) -> bool:
         """TRL's forward may be there already."""
         return _trl_options(forward) is not None
 
+    def head_options(self) -> HeadOptions | str:
+        """What the family does to the head's products, or why that cannot be fused; from the config by default."""
+        config = self.config.get_text_config()
+        for name in SCALES:
+            if getattr(config, name, None) not in (None, 1):
+                return f"config.{name}={getattr(config, name)!r}"
+        return HeadOptions(softcap=getattr(config, "final_logit_softcapping", None))
+
     def obstacle(self, block: str) -> str | None:
-        forward = self.__dict__.get("forward")
-        while forward is not None:  # accelerate wraps it for autocast when the CausalLM is the trained model itself
+        forwards = list(_forwards_on(self))
+        for forward in forwards:
             options = _trl_options(forward)
             if options is not None:
-                return _head_obstacle(self, options)
+                return _trl_obstacle(self, options)
+        fast = type(self).forward
+        if forwards and not any(getattr(forward, "__func__", forward) is fast for forward in forwards):
+            return FOREIGN
+        return self._loss_obstacle()
+
+    def _loss_obstacle(self) -> str | None:
+        """Why a training call with labels would run stock, whatever the call."""
+        stock: Any = type(self).stock_class()
+        if stock.forward.__module__ != stock.__module__:
+            return f"{stock.__name__}.forward was replaced by {stock.forward.__module__}"
+        if self.loss_function is not ForCausalLMLoss:
+            return f"loss function {getattr(self.loss_function, '__name__', self.loss_function)}"
+        config = self.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            return "router logits"
+        low = _frozen_head(self)
+        if isinstance(low, str):
+            return low
+        if low.weight.shape[0] != config.vocab_size:
+            return f"head has {low.weight.shape[0]} rows, config.vocab_size is {config.vocab_size}"
+        if _loss_is_rounded(low.weight.dtype):
+            return "float64 model (stock computes the loss in float32)"
+        options = self.head_options()
+        return options if isinstance(options, str) else None
+
+    def _call_obstacle(self, given: dict[str, Any]) -> str | None:
+        """Why this call must run stock."""
+        reason = self._may_fuse()
+        if reason is not None:
+            return reason
+        if not self.training or not torch.is_grad_enabled():
+            return NOT_TRAINING
+        labels, shift_labels = given.get("labels"), given.get("shift_labels")
+        if labels is None:  # stock has no loss either, whatever shift_labels are
+            return NO_LABELS
+        targets = labels if shift_labels is None else shift_labels
+        if getattr(targets, "dtype", None) != torch.int64:
+            return f"labels are {getattr(targets, 'dtype', type(targets).__name__)}"
+        keep = given.get("logits_to_keep", 0)
+        if not isinstance(keep, int) or keep != 0:
+            return "logits_to_keep"
+        return_dict = given.get("return_dict")
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return "return_dict=False"
+        if given.get("output_router_logits"):
+            return "router logits"
+        if getattr(self, "_is_replica", False):
+            return "DataParallel (it gathers the logits)"
+        return self._loss_obstacle()
+
+    def _fused_loss(self, given: dict[str, Any]) -> CausalLMOutputWithLazyLogits:
+        """Stock's output for these arguments, the logits left for later."""
+        for name in ("logits_to_keep", "return_dict"):
+            given.pop(name, None)
+        targets_BS = _targets(given.pop("labels"), given.get("shift_labels"), given.get("ignore_index", IGNORED))
+        mask_BS = targets_BS != given.get("ignore_index", IGNORED)
+        rows_NH, outputs = _labelled_rows(getattr(self, self.base_model_prefix), (), given, mask_BS)
+        options = self.head_options()
+        assert isinstance(options, HeadOptions)
+        stats = _token_stats(self, rows_NH, targets_BS[mask_BS], options, entropy_gradient=False)
+        num_items = given.get("num_items_in_batch")
+        if isinstance(num_items, torch.Tensor):
+            num_items = num_items.to(stats.log_probs.device)
+        loss = -stats.log_probs.mean() if num_items is None else -stats.log_probs.sum() / num_items
+        return CausalLMOutputWithLazyLogits(
+            loss=loss,
+            logits=_lazy_logits(self.get_output_embeddings(), outputs.last_hidden_state, rows_NH, options),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _forwards_on(model: nn.Module) -> Iterator[Any]:
+    """Forwards that other libraries put on the instance, each with those under it."""
+    for name in ("forward", "_old_forward"):  # accelerate's hooks keep what was there in the second
+        forward = model.__dict__.get(name)
+        while forward is not None:
+            yield forward
             forward = getattr(forward, "__wrapped__", None)
-        return NO_HEAD
 
 
-def _head_obstacle(model: Any, options: dict[str, Any]) -> str | None:
-    if options["cast_lm_head_to_fp32"]:
-        return "head in float32 outside autocast (cast_lm_head_to_fp32)"
-    if getattr(options["text_config"], "output_router_logits", False):
-        return "router logits"
+def _frozen_head(model: Any) -> LowRank | str:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        return f"head is {type(head).__name__}"
+        return "adapter on the head" if hasattr(head, "lora_A") else f"head is {type(head).__name__}"
     record = read(head)
     if isinstance(record, str):
         return record
     if record.weight.requires_grad or (record.bias is not None and record.bias.requires_grad):
         return "the head is trained"
-    return None
+    return record
+
+
+def _loss_is_rounded(dtype: torch.dtype) -> bool:
+    """Stock's loss rounds a float64 model's logits to float32: only its own rounding is equal to the last digits."""
+    return dtype == torch.float64
+
+
+def _targets(labels: torch.Tensor, shift_labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """The label each position predicts, ``(batch, seq_len)``; the last position predicts nothing."""
+    if shift_labels is not None:
+        return shift_labels
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def _labelled_rows(
+    backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mask_BS: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
+    """``(hidden states of the masked positions, (N, hidden_size); the backbone's outputs)``.
+
+    Rows without a label cost nothing in the head. ``outputs.last_hidden_state`` may be None where the other positions
+    were not computed.
+    """
+    outputs = backbone(*args, **kwargs)
+    hidden_TH = outputs.last_hidden_state.flatten(0, -2)
+    return hidden_TH[mask_BS.reshape(-1).to(hidden_TH.device)], outputs
+
+
+def _token_stats(
+    model: Any, rows_NH: torch.Tensor, targets_N: torch.Tensor, options: HeadOptions, *, entropy_gradient: bool
+) -> TokenStats:
+    """The block on the model's head, counted."""
+    head = model.get_output_embeddings()
+    rows_NH, targets_N = rows_NH.to(head.weight.device), targets_N.to(head.weight.device)
+    stats = lm_head_log_probs(
+        rows_NH,
+        head.weight,
+        head.bias,
+        targets_N,
+        dtype=compute_dtype(rows_NH, head.weight) or rows_NH.dtype,
+        options=options,
+        impl=model._fastpeft.impl,
+        entropy_gradient=entropy_gradient,
+    )
+    model._fastpeft.fused["lm_head"] += 1
+    return stats
+
+
+def _lazy_logits(
+    head: Any, hidden_BSH: torch.Tensor | None, rows_NH: torch.Tensor, options: HeadOptions
+) -> LazyLogits:
+    """What stock would have returned for these hidden states, under the autocast of now."""
+    kind = head.weight.device.type
+    enabled, autocast_dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def compute() -> torch.Tensor:
+        if hidden_BSH is None:
+            raise RuntimeError(
+                "logits: this training step computed its loss from the labelled positions only and has no logits; "
+                "call the model without labels for them, or in eval(), or leave the CausalLM out of patch_model(only=)"
+            )
+        with torch.enable_grad(), torch.autocast(kind, autocast_dtype, enabled):
+            logits: torch.Tensor = head(hidden_BSH)
+            if options.scale != 1.0:
+                logits = logits * options.scale
+            if options.softcap is not None:
+                logits = torch.tanh(logits / options.softcap) * options.softcap
+        return logits
+
+    return LazyLogits(compute, compute_dtype(rows_NH, head.weight) or rows_NH.dtype)
+
+
+def _trl_obstacle(model: Any, options: dict[str, Any]) -> str | None:
+    if options["cast_lm_head_to_fp32"]:
+        return "head in float32 outside autocast (cast_lm_head_to_fp32)"
+    if getattr(options["text_config"], "output_router_logits", False):
+        return "router logits"
+    low = _frozen_head(model)
+    return low if isinstance(low, str) else None
 
 
 def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """TRL's ``forward(fused_lm_head=True)``: its outputs, from our block where that is exact."""
-    if not kwargs.get("fused_lm_head", False):
+    # the class is stock's again after restore(), while accelerate's autocast wrapper holds this forward
+    if not kwargs.get("fused_lm_head", False) or not isinstance(model, FastCausalLM):
         return own(*args, **kwargs)
-    site = model.__dict__.get("_fastpeft")
-    if site is None:  # restored, while accelerate's autocast wrapper still holds this forward
-        return own(*args, **kwargs)
-    reason = COMPILED if torch.compiler.is_compiling() else _head_obstacle(model, options)
+    reason = COMPILED if torch.compiler.is_compiling() else _trl_obstacle(model, options)
     if reason is None and kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
         reason = "no labels"
     if reason is not None:
-        site.fall_back("lm_head", reason)
+        model._fastpeft.fall_back("lm_head", reason)
         return own(*args, **kwargs)
     kwargs.pop("fused_lm_head")
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-    hidden_BSH = getattr(model, options["backbone_attr"])(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-    if shift_labels is None:
-        hidden_BSH, labels_BS = hidden_BSH[:, :-1], labels[:, 1:]
-    else:
-        labels_BS = shift_labels
-    head = model.get_output_embeddings()
-    hidden_BSH, labels_BS = hidden_BSH.to(head.weight.device), labels_BS.to(head.weight.device)
-    mask_BS = labels_BS != -100
-    dtype = compute_dtype(hidden_BSH, head.weight) or hidden_BSH.dtype
-    stats = lm_head_log_probs(
-        hidden_BSH[mask_BS],  # rows without a label cost nothing
-        head.weight,
-        head.bias,
-        labels_BS[mask_BS],
-        dtype=dtype,
-        options=HeadOptions(options["logit_scale"], options["final_logit_softcapping"], float(options["temperature"])),
-        impl=site.impl,
+    targets_BS = _targets(labels, shift_labels, IGNORED)
+    mask_BS = targets_BS != IGNORED
+    backbone = getattr(model, options["backbone_attr"])
+    rows_NH, _ = _labelled_rows(backbone, args, {**kwargs, "use_cache": False}, mask_BS)
+    head_options = HeadOptions(
+        options["logit_scale"], options["final_logit_softcapping"], float(options["temperature"])
     )
-    site.fused["lm_head"] += 1
+    stats = _token_stats(model, rows_NH, targets_BS[mask_BS], head_options, entropy_gradient=True)
+    mask_BS = (mask_BS[:, :-1] if shift_labels is None else mask_BS).to(stats.log_probs.device)
     wanted = {"log_probs", *options["outputs"]}
     # masked_scatter keeps the result connected to the model even when no label is left
     fields = {

@@ -1,9 +1,11 @@
-"""Fast forwards for the three module kinds of a Llama-like decoder layer, as mixins over Hugging Face's own classes.
+"""Fast forwards for the modules of a Llama-like decoder layer and the layer itself, as mixins over Hugging Face's
+own classes.
 
 A family file combines each with its stock class: ``class FastLlamaMLP(FastMLP, LlamaMLP)``. ``patch_model`` then sets
 ``module.__class__`` and gives the module a :class:`Site`; nothing else about the module changes. Every forward asks,
 per call, whether the block can do exactly what the stock modules would do now, and runs the stock forward where it
-cannot.
+cannot. The layer runs its norms and residuals inside the blocks of its attention and MLP; where it is not patched, or
+somebody listens to these modules, each runs its own block.
 """
 
 from collections import Counter
@@ -19,11 +21,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fastpeft.blocks import attention_in, attention_out, mlp
-from hf_fastpeft.lowrank import LowRank, compute_dtype, intercepted, read
+from hf_fastpeft.blocks.adapters import SideCache
+from hf_fastpeft.lowrank import LowRank, compute_dtype, intercepted, is_plain, read
 from hf_fastpeft.ops._backend import Impl
-from hf_fastpeft.ops.rms_norm import rms_norm
+from hf_fastpeft.ops.glu import Activation
+from hf_fastpeft.ops.rms_norm import Norm, rms_norm
 
-__all__ = ["FastAttention", "FastMLP", "FastModule", "FastRMSNorm", "Site"]
+__all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastModule", "FastRMSNorm", "Site"]
 
 INFERENCE = "inference (stock numerics and caches)"
 COMPILED = "inside torch.compile"
@@ -35,6 +39,7 @@ class Site:
     """What a patched module remembers: its options and what happened to each of its blocks so far."""
 
     impl: Impl
+    adapters: SideCache = field(default_factory=SideCache)  # one for all sites of a model
     fused: Counter[str] = field(default_factory=Counter)
     stock: Counter[tuple[str, str]] = field(default_factory=Counter)  # (block, reason) -> calls
 
@@ -61,13 +66,13 @@ class FastModule(nn.Module):
     kernel_condition = staticmethod(lambda module: False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A family's class carries the stock name and module: transformers and FSDP choose layers by the one, PEFT
-        writes both into the adapter's config."""
+        """A family's class carries the stock names and module: transformers and FSDP choose layers by them, PEFT writes
+        them into the adapter's config."""
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
         if stock in cls.__bases__:  # not for classes that FSDP or a parametrization derive from ours
             cls._importable = (cls.__module__, cls.__qualname__)
-            cls.__name__, cls.__module__ = stock.__name__, stock.__module__
+            cls.__name__, cls.__qualname__, cls.__module__ = stock.__name__, stock.__qualname__, stock.__module__
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled and copied by where the class really is."""
@@ -122,52 +127,97 @@ class FastRMSNorm(FastModule):
     """RMSNorm in one kernel each way; keeps its input and one float a row."""
 
     blocks = ("rms_norm",)
+    eps_name: ClassVar[str] = "variance_epsilon"
+    unit_offset: ClassVar[bool] = False  # Gemma: times 1 + weight, rounded once
     weight: torch.Tensor
-    variance_epsilon: float
 
     def obstacle(self, block: str) -> str | None:
-        if type(self.weight) is not nn.Parameter:
+        if not is_plain(self.weight):
             return f"weight is a {type(self.weight).__name__}"
         if self.weight.is_meta:
             return "weight is on the meta device (offloaded)"
         # stock rounds to float32 here: only its own order of operations is equal to float64's last digits
         return "float64 model (stock computes this norm in float32)" if self.weight.dtype == torch.float64 else None
 
+    def parameters_of(self) -> Norm:
+        """What a block needs to run this norm itself; counts as a fused call."""
+        self._fastpeft.fused["rms_norm"] += 1
+        return Norm(self.weight, getattr(self, self.eps_name), self.unit_offset)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         reason = self._may_fuse() or self.obstacle("rms_norm")
         if reason is not None:
             self._fastpeft.fall_back("rms_norm", reason)
             return super().forward(hidden_states)  # type: ignore[no-any-return]
-        self._fastpeft.fused["rms_norm"] += 1
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, impl=self._fastpeft.impl)
+        weight, eps, unit_offset = self.parameters_of()
+        return rms_norm(hidden_states, weight, eps, unit_offset=unit_offset, impl=self._fastpeft.impl)
+
+
+def _foldable(norm: nn.Module | None) -> bool:
+    """Whether a block may run this norm in its stead."""
+    return isinstance(norm, FastRMSNorm) and norm.obstacle("rms_norm") is None and intercepted(norm) is None
 
 
 class FastMLP(FastModule):
     """gate, up, activation and down in one autograd Function."""
 
     blocks = ("mlp",)
-    linears: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
-    act_fn: nn.Module
+    linears: ClassVar[dict[str, tuple[str, ...]]] = {"mlp": ("gate_proj", "up_proj"), "mlp_down": ("down_proj",)}
+    activation_name: ClassVar[str] = "act_fn"
+    activations: ClassVar[dict[str, Activation]] = {
+        "SiLU": "silu",
+        "SiLUActivation": "silu",
+        "GELUTanh": "gelu_tanh",
+        "GELUActivation": "gelu",
+    }
 
-    def _stack(self) -> tuple[LowRank, ...] | str:
-        activation = type(self.act_fn).__name__
-        if activation not in ("SiLU", "SiLUActivation"):
-            return f"activation {activation}"
-        return intercepted(self.act_fn) or _read_stack(self, self.linears)
+    def _activation(self) -> nn.Module:
+        return getattr(self, self.activation_name)  # type: ignore[no-any-return]
+
+    def _stacks(self) -> tuple[tuple[LowRank, ...], tuple[LowRank, ...]] | str:
+        act = self._activation()
+        if type(act).__name__ not in self.activations or hasattr(act, "act"):
+            return f"activation {type(act).__name__}"
+        if reason := intercepted(act):
+            return reason
+        stack = _read_stack(self, self.linears["mlp"])
+        down = stack if isinstance(stack, str) else _read_stack(self, self.linears["mlp_down"])
+        return down if isinstance(down, str) or isinstance(stack, str) else (stack, down)
 
     def obstacle(self, block: str) -> str | None:
-        stack = self._stack()
-        return stack if isinstance(stack, str) else None
+        stacks = self._stacks()
+        return stacks if isinstance(stacks, str) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+    def run(self, h: torch.Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> torch.Tensor:
+        """The module's output for ``norm(h)``, plus ``h`` where ``residual`` is asked for."""
         site = self._fastpeft
-        stack = self._may_fuse() or self._stack()
-        dtype = stack if isinstance(stack, str) else _dtype_of(x, stack)
-        if isinstance(stack, str) or isinstance(dtype, str):
+        stacks = self._may_fuse() or self._stacks()
+        dtype = stacks if isinstance(stacks, str) else _dtype_of(h, (*stacks[0], *stacks[1]))
+        fold = not isinstance(dtype, str) and _foldable(norm)
+        x = h if norm is None or fold else norm(h)
+        if isinstance(stacks, str) or isinstance(dtype, str):
             site.fall_back("mlp", str(dtype))
-            return super().forward(x)  # type: ignore[no-any-return]
+            out = super().forward(x)
+            return h + out if residual else out  # type: ignore[no-any-return]
         site.fused["mlp"] += 1
-        return mlp(x, stack, dtype=dtype, impl=site.impl)
+        stack, (down,) = stacks
+        act = self.activations[type(self._activation()).__name__]
+        parameters = norm.parameters_of() if fold and isinstance(norm, FastRMSNorm) else None
+        out = mlp(
+            x,
+            stack,
+            down,
+            dtype=dtype,
+            activation=act,
+            norm=parameters,
+            residual=residual and fold,
+            impl=site.impl,
+            adapters=site.adapters,
+        )
+        return h + out if residual and not fold else out
 
 
 class FastAttention(FastModule):
@@ -181,6 +231,7 @@ class FastAttention(FastModule):
         "attention_in": ("q_proj", "k_proj", "v_proj"),
         "attention_out": ("o_proj",),
     }
+    qk_norms: ClassVar[tuple[str, str] | None] = None  # norms of queries and keys over head_dim
     # the family's own helpers, for the parts that run stock
     eager_attention: ClassVar[Callable[..., Any]]
     stock_rotary: ClassVar[Callable[..., Any]]
@@ -192,32 +243,79 @@ class FastAttention(FastModule):
 
     def obstacle(self, block: str) -> str | None:
         stack = _read_stack(self, self.linears[block])
-        return stack if isinstance(stack, str) else None
+        if isinstance(stack, str):
+            return stack
+        return self._qk_obstacle() if block == "attention_in" else None
+
+    def _qk_obstacle(self) -> str | None:
+        for name in self.qk_norms or ():
+            norm = getattr(self, name)
+            if not isinstance(norm, FastRMSNorm):
+                return f"{name} is {type(norm).__name__}"
+            if reason := norm.obstacle("rms_norm") or intercepted(norm):
+                return f"{name}: {reason}"
+        return None
+
+    def _heads(self) -> tuple[int, int]:
+        return self.config.num_attention_heads, self.config.num_key_value_heads
 
     def _project_in(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        site = self._fastpeft
-        stack = _read_stack(self, self.linears["attention_in"])
-        dtype = stack if isinstance(stack, str) else _dtype_of(x, stack)
+        self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: nn.Module | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys, values and the hidden states for the way around."""
+        site, names = self._fastpeft, self.linears["attention_in"]
+        stack: tuple[LowRank, ...] | str = self._qk_obstacle() or _read_stack(self, names)
+        dtype = stack if isinstance(stack, str) else _dtype_of(h, stack)
+        fold = not isinstance(dtype, str) and _foldable(norm)
+        x = h if norm is None or fold else norm(h)
         if isinstance(stack, str) or isinstance(dtype, str):
             site.fall_back("attention_in", str(dtype))
-            shape = (*x.shape[:-1], -1, self.head_dim)
-            q, k, v = (getattr(self, name)(x).view(shape).transpose(1, 2) for name in self.linears["attention_in"])
-            q, k = type(self).stock_rotary(q, k, cos, sin)
-            return q, k, v
+            return *self._stock_in(x, cos, sin), h
         site.fused["attention_in"] += 1
-        return attention_in(x, cos, sin, stack, head_dim=self.head_dim, dtype=dtype, impl=site.impl)
+        qk_norm = None
+        if self.qk_norms is not None:
+            q_norm, k_norm = (getattr(self, name).parameters_of() for name in self.qk_norms)
+            qk_norm = q_norm, k_norm
+        parameters = norm.parameters_of() if fold and isinstance(norm, FastRMSNorm) else None
+        found = attention_in(
+            x,
+            cos,
+            sin,
+            stack,
+            heads=self._heads(),
+            head_dim=self.head_dim,
+            dtype=dtype,
+            norm=parameters,
+            qk_norm=qk_norm,
+            residual=fold,
+            impl=site.impl,
+            adapters=site.adapters,
+        )
+        return found if fold else (*found, h)
 
-    def _project_out(self, x: torch.Tensor) -> torch.Tensor:
+    def _stock_in(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        outs = [getattr(self, name)(x) for name in self.linears["attention_in"]]
+        if len(outs) == 1:
+            (Q, K), D = self._heads(), self.head_dim
+            outs = list(outs[0].split((Q * D, K * D, K * D), dim=-1))
+        q, k, v = (out.view(*x.shape[:-1], -1, self.head_dim) for out in outs)
+        if self.qk_norms is not None:
+            q, k = (getattr(self, name)(t) for name, t in zip(self.qk_norms, (q, k), strict=True))
+        q, k = type(self).stock_rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q, k, v.transpose(1, 2)
+
+    def _project_out(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         site = self._fastpeft
         stack = _read_stack(self, self.linears["attention_out"])
         dtype = stack if isinstance(stack, str) else _dtype_of(x, stack)
         if isinstance(stack, str) or isinstance(dtype, str):
             site.fall_back("attention_out", str(dtype))
-            return self.o_proj(x)  # type: ignore[no-any-return,operator]
+            out = self.o_proj(x)  # type: ignore[operator]
+            return out if residual is None else residual + out  # type: ignore[no-any-return]
         site.fused["attention_out"] += 1
-        return attention_out(x, stack[0], dtype=dtype)
+        return attention_out(x, stack[0], dtype=dtype, residual=residual, impl=site.impl, adapters=site.adapters)
 
     def _attention_options(self) -> dict[str, Any]:
         """Keyword arguments that the family passes to the attention function beyond the common ones."""
@@ -242,7 +340,21 @@ class FastAttention(FastModule):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        q, k, v = self._project_in(hidden_states, *position_embeddings)
+        return self.run(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+    def run(
+        self,
+        h: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any | None = None,
+        *,
+        norm: nn.Module | None = None,
+        residual: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The module's output for ``norm(h)``, plus ``h`` where ``residual`` is asked for, and the attention weights."""
+        q, k, v, around = self._project_in(h, *position_embeddings, norm)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, type(self).eager_attention)
@@ -257,4 +369,66 @@ class FastAttention(FastModule):
             **self._attention_options(),
             **kwargs,
         )
-        return self._project_out(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        return self._project_out(out.reshape(*h.shape[:-1], -1), around if residual else None), weights
+
+
+class FastBackbone(FastModule):
+    """The model without its head: its forward is what the age of the adapters' copies is counted in."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        with self._fastpeft.adapters.forward():
+            return super().forward(*args, **kwargs)
+
+
+class FastDecoderLayer(FastModule):
+    """A pre-norm decoder layer whose norms and residuals run inside the blocks of its attention and MLP."""
+
+    attention_norm: ClassVar[str] = "input_layernorm"
+    mlp_norm: ClassVar[str] = "post_attention_layernorm"
+    # modules between a half's output and its residual; where one of them acts, the residual is added after it
+    after_attention: ClassVar[tuple[str, ...]] = ()
+    after_mlp: ClassVar[tuple[str, ...]] = ()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self._may_fuse() is not None or args or position_embeddings is None:
+            kwargs["position_embeddings"] = position_embeddings
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        return self._feed_forward(self._attend(hidden_states, position_embeddings=position_embeddings, **kwargs))
+
+    def _attend(self, h: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attention, norm = self.self_attn, getattr(self, self.attention_norm)
+        after = self._acting(self.after_attention)
+        if isinstance(attention, FastAttention) and intercepted(attention) is None:
+            out, _ = attention.run(h, norm=norm, residual=not after, **{"attention_mask": None, **kwargs})
+            if not after:
+                return out
+        else:
+            out, _ = attention(hidden_states=norm(h), **kwargs)  # type: ignore[operator]
+        for module in after:
+            out = module(out)
+        return h + out
+
+    def _feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        feed_forward, norm = self.mlp, getattr(self, self.mlp_norm)
+        after = self._acting(self.after_mlp)
+        if isinstance(feed_forward, FastMLP) and intercepted(feed_forward) is None:
+            out = feed_forward.run(h, norm, residual=not after)
+            if not after:
+                return out
+        else:
+            out = feed_forward(norm(h))  # type: ignore[operator]
+        for module in after:
+            out = module(out)
+        return h + out
+
+    def _acting(self, names: tuple[str, ...]) -> list[nn.Module]:
+        modules = [getattr(self, name) for name in names]
+        return [m for m in modules if not (type(m) is nn.Dropout and (m.p == 0 or not m.training))]

@@ -1,9 +1,10 @@
 """One record for a linear layer and its adapter, read from any adapter layer at call time.
 
-    y = x Wᵀ + b + ((x Aᵀ) * g) (s B)ᵀ
+    y = x Wᵀ + b + s (((drop(x) Aᵀ) * g) Bᵀ + c)
 
-with ``g = gate_scale * gate`` (all ones where a method has no gate). LoRA (Hu et al. 2021, arXiv 2106.09685) and
-rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) differ in ``s``; SoRA (Ding et al. 2023, arXiv 2311.11696) adds the gate.
+with ``g = gate_scale * gate`` (all ones where a method has no gate) and ``c`` the bias of B (``lora_bias``). LoRA (Hu et
+al. 2021, arXiv 2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) differ in ``s``; SoRA (Ding et al. 2023,
+arXiv 2311.11696) adds the gate.
 
 A reader returns the record, or the reason, in words for the report, why this module's current state cannot be
 expressed by it; the caller then runs the stock module. Readers hold no state: adapters may be added, merged, disabled,
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["LowRank", "compute_dtype", "intercepted", "read", "read_lora_layer", "register_reader"]
+__all__ = ["LowRank", "compute_dtype", "intercepted", "is_plain", "read", "read_lora_layer", "register_reader"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-TENSORS_PER_LINEAR = 5
+TENSORS_PER_LINEAR = 6
 
 
 class LowRank(NamedTuple):
@@ -31,9 +33,11 @@ class LowRank(NamedTuple):
         bias: ``(out_features,)`` or None.
         A: ``(rank, in_features)`` or None without an adapter.
         B: ``(out_features, rank)`` or None without an adapter.
-        gate: ``(rank,)`` or None: the trainable gate before ``gate_scale``.
+        gate: ``rank`` elements of any shape, or None: the trainable gate before ``gate_scale``.
+        lora_bias: the ``c`` of the formula, ``(out_features,)`` or None.
         scaling: the ``s`` of the formula.
         gate_scale: fixed factor of the gate.
+        dropout: probability with which an element of the adapter's input is dropped; 0 outside training.
     """
 
     weight: torch.Tensor
@@ -41,13 +45,20 @@ class LowRank(NamedTuple):
     A: torch.Tensor | None = None
     B: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    lora_bias: torch.Tensor | None = None
     scaling: float = 1.0
     gate_scale: float = 1.0
+    dropout: float = 0.0
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The five tensors in the order an autograd Function takes them."""
-        return self.weight, self.bias, self.A, self.B, self.gate
+        """The tensors in the order an autograd Function takes them."""
+        return self[:TENSORS_PER_LINEAR]
+
+    @property
+    def rank(self) -> int:
+        """0 without an adapter."""
+        return 0 if self.A is None else self.A.shape[0]
 
 
 Reader = Callable[[Any], "LowRank | str"]
@@ -95,14 +106,22 @@ def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
     return weight.dtype if weight.dtype == x.dtype else None
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether a product with ``weight`` is a plain product.
+
+    Exact types: a DTensor, a quantised parameter or another subclass means something else. A FakeTensor stands for a
+    plain one in a trace.
+    """
+    return type(weight) in (nn.Parameter, torch.Tensor, FakeTensor)
+
+
 def read_linear(module: nn.Module) -> LowRank | str:
     """Reader of a plain ``nn.Linear``: trainable or frozen, with or without bias."""
     parameters = module.__dict__["_parameters"]
     weight = parameters.get("weight")
     if weight is None:  # functional_call and sharding put plain tensors on the module
         weight = module.weight
-    # exact types: a DTensor, a quantised parameter or a tensor subclass means something else than a plain product
-    if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
+    if not is_plain(weight):
         return f"weight is a {type(weight).__name__}"
     if weight.is_meta:
         return "weight is on the meta device (offloaded)"
@@ -141,22 +160,17 @@ def read_lora_layer(layer: Any, factor_class: type[nn.Module]) -> LowRank | str:
     if name in layer.lora_variant:
         return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
     dropout = modules["lora_dropout"].__dict__["_modules"][name]
-    if type(dropout) is not nn.Identity and not (isinstance(dropout, nn.Dropout) and _inactive(dropout)):
-        return f"dropout p={getattr(dropout, 'p', '?')}"
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return f"lora_dropout is {type(dropout).__name__}"
     A, B, scaling = factors[name], modules["lora_B"].__dict__["_modules"][name], layer.scaling[name]
-    if type(A) is not factor_class or type(B) is not nn.Linear or B.bias is not None:
-        return f"lora_A is {type(A).__name__}, lora_B is {type(B).__name__}" + (
-            " with bias" if B.bias is not None else ""
-        )
+    if type(A) is not factor_class or type(B) is not nn.Linear:
+        return f"lora_A is {type(A).__name__}, lora_B is {type(B).__name__}"
     if reason := intercepted(A) or intercepted(B) or intercepted(dropout):
         return reason
     if not isinstance(scaling, (int, float)):
         return "scaling is a tensor"
-    return LowRank(plain.weight, plain.bias, A.weight, B.weight, None, float(scaling))
-
-
-def _inactive(dropout: nn.Dropout) -> bool:
-    return dropout.p == 0 or not dropout.training
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return LowRank(plain.weight, plain.bias, A.weight, B.weight, None, B.bias, float(scaling), 1.0, p)
 
 
 register_reader(nn.Linear, read_linear)

@@ -15,9 +15,11 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
 from hf_fastpeft.layers import FastModule, Site
 from hf_fastpeft.ops._backend import IMPLS, Impl, use_triton
+from hf_fastpeft.stacking import stack_weights, unstack_weights, weights_of
 
 __all__ = ["FAMILIES", "Family", "Patched", "patch_model", "register_family", "stock_forwards"]
 
@@ -118,6 +120,7 @@ class Patched:
     impl: Impl
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
+    _stacked: list[nn.Parameter] = field(default_factory=list)
     _last_report: dict[str, Any] | None = None  # what there was to tell when the model was restored
 
     def modules(self) -> Iterator[tuple[str, FastModule]]:
@@ -140,7 +143,16 @@ class Patched:
         for _, module in modules:
             del module._fastpeft
             _set_class(module, _stock_of(module))
+        unstack_weights(self._stacked)
+        self._stacked.clear()
         return self.model
+
+    def stack(self, module: FastModule) -> None:
+        """Move the weights that a patched module multiplies together behind each other."""
+        for names in getattr(module, "linears", {}).values():
+            weights = weights_of(module, names)
+            if weights is not None and stack_weights(weights):
+                self._stacked += weights
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready report: per block the modules fused now, those that are not and why, and the calls so far."""
@@ -287,14 +299,16 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: str | Collection
             use_triton(impl, parameter)
             break
     patched = Patched(model, family, impl)
+    adapters = SideCache()
     found = set()
     for path, module in matched:
         stock = type(module)
         found.add(stock)
         reason = _held_by_others(module, swaps[stock])
         if reason is None:
-            module._fastpeft = Site(impl)
+            module._fastpeft = Site(impl, adapters)
             _set_class(module, swaps[stock])
+            patched.stack(module)
         else:
             patched.skipped[path] = reason
     patched.unmatched = tuple(stock.__name__ for stock in swaps if stock not in found)

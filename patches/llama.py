@@ -3,10 +3,18 @@
 from transformers.models.llama import modeling_llama as stock
 
 from hf_fastpeft.causal_lm import FastCausalLM
-from hf_fastpeft.layers import FastAttention, FastMLP, FastRMSNorm
+from hf_fastpeft.layers import FastAttention, FastBackbone, FastDecoderLayer, FastMLP, FastRMSNorm
 from hf_fastpeft.patching import Family
 
-__all__ = ["FAMILY", "FastLlamaAttention", "FastLlamaForCausalLM", "FastLlamaMLP", "FastLlamaRMSNorm"]
+__all__ = [
+    "FAMILY",
+    "FastLlamaAttention",
+    "FastLlamaDecoderLayer",
+    "FastLlamaForCausalLM",
+    "FastLlamaMLP",
+    "FastLlamaModel",
+    "FastLlamaRMSNorm",
+]
 
 
 class FastLlamaRMSNorm(FastRMSNorm, stock.LlamaRMSNorm):
@@ -24,8 +32,26 @@ class FastLlamaAttention(FastAttention, stock.LlamaAttention):
     stock_rotary = staticmethod(stock.apply_rotary_pos_emb)
 
 
+class FastLlamaDecoderLayer(FastDecoderLayer, stock.LlamaDecoderLayer):
+    """``LlamaDecoderLayer`` with norms and residuals inside the blocks."""
+
+
+class FastLlamaModel(FastBackbone, stock.LlamaModel):
+    """``LlamaModel``, which refreshes what its blocks share."""
+
+
 class FastLlamaForCausalLM(FastCausalLM, stock.LlamaForCausalLM):
-    """``LlamaForCausalLM`` with TRL's head served by our block."""
+    """``LlamaForCausalLM`` with the fused head."""
 
 
-FAMILY = Family("llama", (FastLlamaRMSNorm, FastLlamaAttention, FastLlamaMLP, FastLlamaForCausalLM))
+FAMILY = Family(
+    "llama",
+    (
+        FastLlamaRMSNorm,
+        FastLlamaAttention,
+        FastLlamaMLP,
+        FastLlamaDecoderLayer,
+        FastLlamaModel,
+        FastLlamaForCausalLM,
+    ),
+)

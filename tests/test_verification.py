@@ -11,6 +11,7 @@ from tiny import tiny_llama
 from hf_fastpeft import patch_model, verify
 from hf_fastpeft.blocks import projection
 from hf_fastpeft.layers import FastModule
+from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 
 BATCH = token_batch()
 pytestmark = [
@@ -48,13 +49,13 @@ def test_finds_planted_mistakes(mistake, dtype, monkeypatch):
         stock = projection._add_product
         monkeypatch.setattr(projection, "_add_product", lambda out, a, b, scale=1.0: stock(out, a, b, 1.1 * scale))
     else:
-        stock_bwd = projection.project_bwd
+        stock_grads = projection.add_weight_grads
 
-        def forgetful(d_outs, P, stack, needs, *, need_dx):
-            d_x, V, grads = stock_bwd(d_outs, P, stack, needs, need_dx=need_dx)
-            return d_x, V, [None if i % 5 == 4 else g for i, g in enumerate(grads)]
+        def forgetful(grads, *args):
+            stock_grads(grads, *args)
+            grads[4::TENSORS_PER_LINEAR] = [None] * len(grads[4::TENSORS_PER_LINEAR])
 
-        monkeypatch.setattr(import_module("hf_fastpeft.blocks.mlp"), "project_bwd", forgetful)
+        monkeypatch.setattr(import_module("hf_fastpeft.blocks.mlp"), "add_weight_grads", forgetful)
     result = verify(model, BATCH)
     assert not result.passed
     assert "FAIL" in str(result)
@@ -62,10 +63,10 @@ def test_finds_planted_mistakes(mistake, dtype, monkeypatch):
 
 
 def test_nothing_fused_is_no_pass():
-    model = adapted_llama("lora", torch.float64, config={"lora_dropout": 0.5})
+    model = adapted_llama("lora", torch.float64, config={"use_dora": True})
     result = verify(model, BATCH)
     assert not result.passed
-    assert "mlp: gate_proj: dropout p=0.5" in str(result)
+    assert "mlp: gate_proj: LoRA variant DoraLinearVariant" in str(result)
     assert "nothing ran fused" in str(result)
 
 

@@ -1,52 +1,87 @@
-"""What the blocks' autograd Functions share: packing a stack into flat arguments and back."""
+"""What the blocks' autograd Functions share: packing stacks into flat arguments and back, and the norm before them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-from hf_fastpeft.blocks.projection import Stack
+from hf_fastpeft.blocks.adapters import Stack
+from hf_fastpeft.blocks.projection import Draw, Plan
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
-from hf_fastpeft.ops._backend import Impl
+from hf_fastpeft.ops.rms_norm import rms_norm_bwd, rms_norm_fwd
 
-__all__ = ["Plan", "flatten", "rebuild", "side_dtype", "tokens"]
-
-
-class Plan(NamedTuple):
-    """The part of a call that is not tensors."""
-
-    dtype: torch.dtype  # of the base products and the results
-    side_dtype: torch.dtype  # of the low-rank products
-    impl: Impl
-    factors: tuple[tuple[float, float], ...]  # (scaling, gate_scale) of each linear
+__all__ = ["draw_of", "flatten", "norm_bwd", "norm_fwd", "rebuild", "tokens"]
 
 
-def flatten(stack: Stack, dtype: torch.dtype, impl: Impl) -> tuple[Plan, list[torch.Tensor | None]]:
-    """``(plan, tensors)``: what a Function takes instead of the records."""
-    plan = Plan(dtype, side_dtype(stack, dtype), impl, tuple((low.scaling, low.gate_scale) for low in stack))
-    return plan, [tensor for low in stack for tensor in low.tensors]
-
-
-def side_dtype(stack: Stack, dtype: torch.dtype) -> torch.dtype:
-    """Where PEFT multiplies with the adapter: autocast's dtype where it is on, else the adapter's if that is wider."""
-    if torch.is_autocast_enabled(stack[0].weight.device.type) and dtype != torch.float64:
-        return dtype
-    for low in stack:
-        if low.A is not None:
-            dtype = torch.promote_types(dtype, low.A.dtype)
-    return dtype
+def flatten(stack: Stack) -> list[torch.Tensor | None]:
+    """The tensors of a stack, as a Function takes them."""
+    return [tensor for low in stack for tensor in low.tensors]
 
 
 def rebuild(plan: Plan, tensors: Sequence[torch.Tensor | None]) -> list[LowRank]:
     """The records again, from a Function's arguments or its saved tensors."""
     stack = []
-    for i, (scaling, gate_scale) in enumerate(plan.factors):
-        weight, bias, A, B, gate = tensors[i * TENSORS_PER_LINEAR : (i + 1) * TENSORS_PER_LINEAR]
+    for i, factors in enumerate(plan.factors):
+        weight, *others = tensors[i * TENSORS_PER_LINEAR : (i + 1) * TENSORS_PER_LINEAR]
         assert weight is not None
-        stack.append(LowRank(weight, bias, A, B, gate, scaling, gate_scale))
+        stack.append(LowRank(weight, *others, *factors))
     return stack
 
 
-def tokens(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def tokens(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """``x`` ``(..., I)`` as contiguous rows ``(T, I)`` in ``dtype``; a view where it can be."""
-    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows if dtype is None else rows.to(dtype)).contiguous()
+
+
+def draw_of(plan: Plan, x: torch.Tensor) -> Draw | None:
+    """The generator's state before the dropout of a stack; None without dropout."""
+    return Draw(x) if plan.dropped else None
+
+
+def norm_fwd(
+    h_TI: torch.Tensor, weight: torch.Tensor | None, norm: tuple[float, bool] | None, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(x, rstd)``: the stack's input in its compute dtype; ``h`` itself without a norm."""
+    if norm is None or weight is None:
+        return h_TI.to(plan.dtype), None
+    eps, unit_offset = norm
+    x_TI, rstd_T1 = rms_norm_fwd(h_TI, weight, eps, plan.impl, unit_offset=unit_offset)
+    return x_TI.to(plan.dtype), rstd_T1
+
+
+def norm_bwd(
+    d_x_TI: torch.Tensor | None,
+    h_TI: torch.Tensor,
+    weight: torch.Tensor,
+    rstd_T1: torch.Tensor,
+    norm: tuple[float, bool],
+    plan: Plan,
+    *,
+    with_dw: bool,
+    d_residual: torch.Tensor | None,
+    with_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """``(d_h, d_weight, x)`` from the gradient of ``x``, in one pass over ``h``; ``x`` is rebuilt where it is wanted.
+
+    Without ``d_x`` there is only ``x`` to rebuild.
+    """
+    eps, unit_offset = norm
+    if d_x_TI is None:
+        x_TI = norm_fwd(h_TI, weight, norm, plan)[0] if with_x else None
+        return None, None, x_TI
+    x_TI = None
+    if with_x:
+        dtype = h_TI.dtype if unit_offset else torch.promote_types(h_TI.dtype, weight.dtype)
+        x_TI = torch.empty_like(h_TI, dtype=dtype)
+    d_h_TI, d_weight_I = rms_norm_bwd(
+        d_x_TI,
+        h_TI,
+        weight,
+        rstd_T1,
+        plan.impl,
+        with_dw=with_dw,
+        unit_offset=unit_offset,
+        d_residual=None if d_residual is None else tokens(d_residual),
+        out=x_TI,
+    )
+    return d_h_TI, d_weight_I, None if x_TI is None else x_TI.to(plan.dtype)

@@ -77,11 +77,19 @@ def _products(h_NH: torch.Tensor, weight_CH: torch.Tensor, bias_C: torch.Tensor 
 
 
 class _LMHead(torch.autograd.Function):
-    """Saves the finished gradient rows; the hidden states too, for the case that the entropy carries a gradient."""
+    """Saves the finished gradient rows; the hidden states too where the entropy may carry a gradient."""
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight, bias, targets: torch.Tensor, options: HeadOptions, dtype: torch.dtype, impl
+        ctx,
+        hidden: torch.Tensor,
+        weight,
+        bias,
+        targets: torch.Tensor,
+        options: HeadOptions,
+        dtype: torch.dtype,
+        impl,
+        entropy_gradient: bool,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         N, H = hidden.shape
@@ -111,30 +119,35 @@ class _LMHead(torch.autograd.Function):
         if others_NH is not None:
             slope = scale if softcap is None else scale * (1 - (stats.target / softcap).square()).unsqueeze(1)
             gradient_NH = others_NH.mul_((-scale / total_N).unsqueeze(1))
-            gradient_NH.addcmul_(weight[targets].to(wide), (stats.rest / total_N).unsqueeze(1) * slope)
+            target_NH = weight.index_select(0, targets)  # unlike weight[targets], refuses a negative label
+            gradient_NH.addcmul_(target_NH.to(wide), (stats.rest / total_N).unsqueeze(1) * slope)
             gradient_NH = gradient_NH.to(hidden.dtype)
         ctx.options, ctx.dtype = options, dtype
-        ctx.save_for_backward(gradient_NH, hidden, weight, bias, log_z_N, entropy_N)
         squares_N = stats.squares.log() - 2 * log_total_N
         mean_N = stats.logits / weight.shape[0]
-        ctx.mark_non_differentiable(squares_N, mean_N, is_top1_N)
+        if entropy_gradient:
+            ctx.save_for_backward(gradient_NH, hidden, weight, bias, log_z_N, entropy_N)
+            ctx.mark_non_differentiable(squares_N, mean_N, is_top1_N)
+        else:
+            ctx.save_for_backward(gradient_NH)
+            ctx.mark_non_differentiable(entropy_N, squares_N, mean_N, is_top1_N)
         return log_probs_N, entropy_N, squares_N, mean_N, is_top1_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_log_probs, d_entropy, *_) -> tuple[Any, ...]:
-        gradient_NH, hidden, weight, bias, log_z_N, entropy_N = ctx.saved_tensors
+        gradient_NH, *others = ctx.saved_tensors
         d_hidden_NH = None
         if gradient_NH is not None and d_log_probs is not None:
-            d_hidden_NH = (gradient_NH * d_log_probs.unsqueeze(1)).to(hidden.dtype)
+            d_hidden_NH = (gradient_NH * d_log_probs.unsqueeze(1)).to(gradient_NH.dtype)
         if gradient_NH is not None and d_entropy is not None:
-            extra_NH = _entropy_bwd(d_entropy, hidden, weight, bias, log_z_N, entropy_N, ctx.options, ctx.dtype)
+            extra_NH = _entropy_bwd(d_entropy, *others, options=ctx.options, dtype=ctx.dtype)
             d_hidden_NH = extra_NH if d_hidden_NH is None else d_hidden_NH + extra_NH
-        return d_hidden_NH, None, None, None, None, None, None
+        return d_hidden_NH, None, None, None, None, None, None, None
 
 
 def _entropy_bwd(
-    d_entropy_N, hidden, weight, bias, log_z_N, entropy_N, options: HeadOptions, dtype: torch.dtype
+    d_entropy_N, hidden, weight, bias, log_z_N, entropy_N, *, options: HeadOptions, dtype: torch.dtype
 ) -> torch.Tensor:
     """d entropy / d z_j = -p_j (log p_j + entropy): the logits once more, and a third product."""
     wide = log_z_N.dtype
@@ -165,6 +178,7 @@ def lm_head_log_probs(
     dtype: torch.dtype,
     options: HeadOptions | None = None,
     impl: Impl = "auto",
+    entropy_gradient: bool = True,
 ) -> TokenStats:
     """Log-probability of each token's target, and what trainers log beside it.
 
@@ -176,14 +190,17 @@ def lm_head_log_probs(
         dtype: compute dtype of the products; sums are kept in float32 (float64 for it).
         options: scaling, soft cap and temperature of the logits; none by default.
         impl: implementation of the fold over the vocabulary.
+        entropy_gradient: whether the entropy may carry a gradient; without it ``hidden`` is not kept.
 
     Returns:
         :class:`TokenStats`. Gradients flow into ``hidden`` through ``log_probs`` (ready since the forward) and
         ``entropy`` (recomputed, three products in all).
 
     Raises:
+        IndexError: a target outside the vocabulary, where ``hidden`` wants a gradient.
         ValueError: weight or bias wants a gradient, which this block does not compute.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("lm_head_log_probs: the head is trained; this block is for a frozen head")
-    return TokenStats(*_LMHead.apply(hidden, weight, bias, targets, options or HeadOptions(), dtype, impl))  # type: ignore[no-untyped-call]
+    options = options or HeadOptions()
+    return TokenStats(*_LMHead.apply(hidden, weight, bias, targets, options, dtype, impl, entropy_gradient))  # type: ignore[no-untyped-call]

@@ -1,0 +1,63 @@
+"""Weights of linears over one input, moved behind each other in memory so that one product reads them all.
+
+Each weight stays a parameter of its module, now a view of the common buffer: state dicts, saving, merging and
+optimizers go on as before. What moves a parameter elsewhere (``model.to``, sharding) merely ends the neighbourhood: the
+blocks look at where the weights lie on every call and multiply one by one where they are apart.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from hf_fastpeft.lowrank import is_plain
+
+__all__ = ["stack_weights", "unstack_weights", "weights_of"]
+
+
+def weights_of(owner: nn.Module, names: Iterable[str]) -> list[nn.Parameter] | None:
+    """The base weights of the named linears under any adapter layer; None where one is not a plain linear's."""
+    weights = []
+    for name in names:
+        linear = getattr(owner, name, None)
+        while isinstance(linear, nn.Module) and "base_layer" in linear._modules:
+            linear = linear._modules["base_layer"]
+        weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
+        if weight is None:
+            return None
+        weights.append(weight)
+    return weights
+
+
+def stack_weights(weights: Sequence[nn.Parameter]) -> bool:
+    """Move ``weights``, each ``(out_features, in_features)``, into one buffer in this order.
+
+    Returns:
+        False if they must stay where they are.
+    """
+    first = weights[0]
+    if len(weights) < 2 or any(not _movable(weight, first) for weight in weights):
+        return False
+    rows = [weight.shape[0] for weight in weights]
+    with torch.no_grad():
+        buffer = torch.cat([weight.data for weight in weights])
+        for weight, part in zip(weights, buffer.split(rows), strict=True):
+            weight.data = part
+    return True
+
+
+def _movable(weight: nn.Parameter, first: nn.Parameter) -> bool:
+    return (
+        isinstance(weight, nn.Parameter)
+        and is_plain(weight)
+        and not weight.is_meta
+        and not hasattr(weight, "ds_id")  # partitioned by DeepSpeed
+        and (weight.dtype, weight.device, weight.shape[1]) == (first.dtype, first.device, first.shape[1])
+    )
+
+
+def unstack_weights(weights: Iterable[nn.Parameter]) -> None:
+    """Give each weight memory of its own again."""
+    for weight in weights:
+        if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
+            weight.data = weight.data.clone()

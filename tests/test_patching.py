@@ -132,6 +132,125 @@ def test_gradient_checkpointing_recomputes_and_agrees(use_reentrant):
     assert calls(patched)["mlp"] == (4, {})  # two layers, forward and recompute
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dropout_draws_the_masks_that_stock_draws(dtype, checkpointing):
+    """The same elements are dropped, in the same order of the generator's stream, and nothing is kept of them."""
+    stock = adapted_llama("lora", dtype, config={"lora_dropout": 0.3})
+    fast = twin(stock)
+    patched = patch_model(fast)
+    runs = []
+    for model in (stock, fast):
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(7)
+        runs.append((*step(model, BATCH), torch.get_rng_state()))
+    (loss, grads, state), (got_loss, got_grads, got_state) = runs
+    tol = FLOAT64_REL if dtype == torch.float64 else 2e-5
+    assert rel_err(got_loss, loss) < tol
+    assert all(rel_err(got_grads[name], grads[name]) < tol for name in grads)
+    assert torch.equal(state, got_state)
+    for block in LINEAR_BLOCKS:
+        assert calls(patched)[block] == (4 if checkpointing else 2, {})
+    torch.manual_seed(8)
+    assert rel_err(step(fast, BATCH)[0], loss) > 1e-4  # other masks, another loss
+
+
+def test_bias_of_the_adapter():
+    stock = adapted_llama("lora", config={"lora_bias": True}, attention_bias=True, mlp_bias=True)
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.normal_()
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert_parity(stock, fast)
+    assert all(calls(patched)[block] == (2, {}) for block in LINEAR_BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["gate_proj", "down_proj"]},
+        {"rank_pattern": {"k_proj": 1, "down_proj": 9}, "alpha_pattern": {"v_proj": 3, "up_proj": 11}},
+        {"target_modules": ["o_proj"], "bias": "all"},
+        {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj", "up_proj"]},
+    ],
+    ids=lambda config: "-".join(config),
+)
+def test_partial_and_mixed_targets_are_fused(config):
+    stock = adapted_llama("lora", config=config, attention_bias="bias" in config)
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert_parity(stock, fast)
+    assert all(calls(patched)[block] == (2, {}) for block in LINEAR_BLOCKS)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_initialisations_that_change_the_base_weight(init):
+    stock = adapted_llama("lora", torch.float32, config={"init_lora_weights": init})
+    fast = twin(stock)
+    patched = patch_model(fast)
+    assert_parity(stock, fast, tol=2e-5)
+    assert all(calls(patched)[block] == (2, {}) for block in LINEAR_BLOCKS)
+
+
+def test_optimizer_steps_are_seen_without_a_version():
+    """Fused optimizers write parameters without bumping ``tensor._version``."""
+    stock = adapted_llama("sora")
+    fast = twin(stock)
+    patch_model(fast)
+    for _ in range(3):
+        assert_parity(stock, fast)
+        for model in (stock, fast):
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.data.add_(p.grad.sign() if "gate" in name else p.grad, alpha=-0.1)
+
+
+def test_two_forwards_before_a_backward():
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast)
+    grads = []
+    for model in (stock, fast):
+        model.zero_grad()
+        first, second = model(**BATCH).loss, model(**token_batch(seed=1)).loss
+        (first * second).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, want in grads[0].items():
+        assert rel_err(grads[1][name], want) < FLOAT64_REL
+
+
+def test_a_parameter_changed_before_the_backward_is_an_error_as_in_stock():
+    for patch in (False, True):
+        model = adapted_llama("lora")
+        if patch:
+            patch_model(model)
+        loss = model(**BATCH).loss
+        with torch.no_grad():
+            model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_layer_called_on_its_own_sees_the_present_adapter():
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast)
+    x, angles = torch.randn(1, 5, 32, dtype=torch.float64), torch.randn(1, 5, 8, dtype=torch.float64)
+    for change in (0.0, 0.5):
+        outs = []
+        for model in (stock, fast):
+            model(**BATCH)
+            layer = model.base_model.model.model.layers[1]
+            layer.mlp.up_proj.lora_B["default"].weight.data.add_(change)
+            outs.append(layer(x, position_embeddings=(angles.cos(), angles.sin()), attention_mask=None))
+        assert rel_err(outs[1].detach(), outs[0].detach()) < FLOAT64_REL
+
+
 def test_accumulated_gradients():
     stock = adapted_llama("sora")
     fast = twin(stock)

@@ -1,6 +1,6 @@
 """Whole training steps of the real SmolLM2-135M on a CPU: stock TRL + PEFT against the patched model, in one run.
 
-    python -m benchmarks.cpu_step [--steps 7] [--masked 0.6] [--checkpointing] [--json out.json]
+    python -m benchmarks.cpu_step [--steps 7] [--masked 0.6] [--padded] [--checkpointing] [--json out.json]
 
 One process, one trainer, one batch; steps alternate stock, patched, stock, patched, ... so that whatever else the
 machine does hits both alike. Reported are medians over the timed steps, their ratio, and the spread. Before anything
@@ -9,7 +9,6 @@ is timed the two must agree (``verify``). Peak memory comes from a fresh process
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import machine
+from benchmarks.models import token_batch
 from hf_fastpeft import patch_model, verify
 from hf_fastpeft.quickstart.model import ensure_model
 
@@ -54,15 +54,12 @@ def build_trainer(options: argparse.Namespace) -> tuple[trl.SFTTrainer, dict[str
     )
     trainer.create_optimizer()
     generator = torch.Generator().manual_seed(0)
-    shape = (options.batch, options.seq_len)
-    ids = torch.randint(100, model.config.vocab_size, shape, generator=generator)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:  # the gradient of A is zero while B is
             torch.nn.init.normal_(parameter, std=0.02, generator=generator)
-    prompt = int(options.seq_len * options.masked)
-    labels = ids.clone()
-    labels[:, :prompt] = -100
-    return trainer, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return trainer, token_batch(
+        model.config.vocab_size, options.batch, options.seq_len, masked=options.masked, sampled=options.padded
+    )
 
 
 def step(trainer: trl.SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -97,8 +94,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     f"step {i - options.warmup + 1}/{options.steps} {name:8} {elapsed:6.2f} s  loss {loss:.4f}",
                     flush=True,
                 )
-    tokens = options.batch * options.seq_len
+    tokens = int(batch["attention_mask"].sum())
     return {
+        "tokens": tokens,
         "settings": {k: v for k, v in vars(options).items() if k not in ("json", "peak")},
         "seconds": seconds,
         "median_s": {name: statistics.median(t) for name, t in seconds.items()},
@@ -115,9 +113,7 @@ def peak_bytes(options: argparse.Namespace) -> int:
         patch_model(trainer.model)
     for _ in range(2):
         step(trainer, batch)
-    # not ru_maxrss: a child inherits its parent's maximum through fork
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return machine.peak_resident_bytes()
 
 
 def peak_in_fresh_process(variant: str) -> int:
@@ -134,6 +130,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--masked", type=float, default=0.0, help="share of each row without a label")
+    parser.add_argument("--padded", action="store_true", help="rows of sampled lengths, padded, instead of full ones")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -143,8 +140,7 @@ def main() -> None:
         return
     result = measure(options)
     result["peak_bytes"] = {name: peak_in_fresh_process(name) for name in VARIANTS}
-    result["machine"] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    result["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
+    result["machine"] = machine.describe()
     print(f"\n{'variant':10} {'median s':>9} {'min..max':>13} {'tokens/s':>9} {'peak GB':>8}")
     for name in VARIANTS:
         times = result["seconds"][name]

@@ -1,0 +1,75 @@
+"""No part of a patched layer waits for the device: reading a value back stops the host until the queue is empty."""
+
+import pytest
+import torch
+from adapters import adapted_llama, token_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_fastpeft import patch_model
+
+# operators whose result the host must read before it can go on
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal", "item"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators that would synchronise with a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func._opname in ("index", "index_put", "index_put_") else ()
+        if func._opname in WAITING or any(i is not None and i.dtype == torch.bool for i in indices):
+            self.found.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:SoRA. gates are not being pruned")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["lora", "sora"])
+def test_a_patched_layer_never_waits(method, checkpointing):
+    found = []
+    for patch in (False, True):
+        model = adapted_llama(method, torch.float32, config={"lora_dropout": 0.1})
+        if patch:
+            patch_model(model)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        backbone = model.get_base_model().model
+        inputs = {"input_ids": token_batch()["input_ids"], "use_cache": False}
+        backbone(**inputs)  # the first forward lays things out
+        with Waits() as waits:
+            backbone(**inputs).last_hidden_state.sum().backward()
+        found.append(waits.found)
+    stock, patched = found
+    assert patched == stock  # the model's own, before its layers
+
+
+def test_the_head_waits_only_to_find_its_rows():
+    found = []
+    for patch in (False, True):
+        model = adapted_llama("lora", torch.float32)
+        if patch:
+            patch_model(model)
+        with Waits() as waits:
+            model(**token_batch()).loss.backward()
+        found.append(waits.found)
+    stock, patched = found
+    assert len(patched) <= len(stock) + 1, patched
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_on_a_gpu():
+    model = adapted_llama("lora", torch.float32).cuda()
+    patch_model(model)
+    backbone = model.get_base_model().model
+    ids = token_batch()["input_ids"].cuda()
+    backbone(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        backbone(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

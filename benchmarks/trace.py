@@ -63,6 +63,7 @@ def _moved(*tensors: torch.Tensor | None) -> int:
 # A tensor the kernel reads and overwrites counts twice, one it only fills counts once.
 COSTS: dict[str, Callable[..., int]] = {
     "rms_norm_fwd": lambda x, weight, eps, unit_offset: _moved(x, weight),
+    "rms_norm_into": lambda x, weight, out, eps, unit_offset: _moved(x, weight, out),
     "rms_norm_bwd": lambda d_out, x, weight, rstd, d_residual, partial, out, unit_offset: _moved(
         d_out, x, weight, rstd, d_residual, partial, out
     ),

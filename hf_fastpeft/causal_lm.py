@@ -6,14 +6,19 @@ CausalLM instance, after the trainer's constructor has run our callbacks, and ca
 contract is served by the same block. The fast class therefore looks at the instance's ``forward`` each time it is
 asked for, and leaves any other than TRL's alone. Neither the instance's attribute nor TRL's module is written to, and
 ``restore()`` leaves TRL's own forward in place.
+
+Both tell the layers which positions count (:mod:`hf_fastpeft.routing`). TRL's output has no logits. The other one's
+must stay stock's: such a forward is routed only if the last one's output was dropped, unread, before its backward
+began, as Trainer's are; logits that are read all the same come from a second forward.
 """
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -21,14 +26,18 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
-from hf_fastpeft.layers import COMPILED, FastModule
+from hf_fastpeft.blocks.projection import Draw
+from hf_fastpeft.layers import COMPILED, FastAttention, FastDecoderLayer, FastModule
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
+from hf_fastpeft.routing import Plan, hooked, notices_rows, plan_route, take
 
 __all__ = ["CausalLMOutputWithLazyLogits", "FastCausalLM", "LazyLogits"]
 
 IGNORED = -100
 NOT_TRAINING = "not training: real logits"
 NO_LABELS = "no labels: real logits"
+FIRST = "first step: it shows whether its output's logits may be read"
+WANTED = "the last step's logits were read, or its output was kept beyond its loss"
 FOREIGN = "foreign forward on this instance (another library patched it)"
 # how families other than ours scale their logits; what each means is the family's to say, in head_options
 SCALES = ("lm_head_multiplier", "logit_scale", "logits_scaling", "output_multiplier")
@@ -199,6 +208,10 @@ class FastCausalLM(FastModule):
             return FOREIGN
         return self._loss_obstacle()
 
+    def routing_obstacle(self) -> str | None:
+        """Why no training call would leave positions out now."""
+        return _route_obstacle(self, getattr(self, self.base_model_prefix))
+
     def _loss_obstacle(self) -> str | None:
         """Why a training call with labels would run stock, whatever the call."""
         stock: Any = type(self).stock_class()
@@ -250,17 +263,19 @@ class FastCausalLM(FastModule):
             given.pop(name, None)
         targets_BS = _targets(given.pop("labels"), given.get("shift_labels"), given.get("ignore_index", IGNORED))
         mask_BS = targets_BS != given.get("ignore_index", IGNORED)
-        rows_NH, outputs = _labelled_rows(getattr(self, self.base_model_prefix), (), given, mask_BS)
+        backbone, routing = getattr(self, self.base_model_prefix), self._fastpeft.routing
+        unsure = {None: FIRST, True: WANTED, False: None}[routing.logits_wanted]
+        rows_NH, places_N, outputs, again = _labelled_rows(self, backbone, (), given, mask_BS, unsure)
         options = self.head_options()
         assert isinstance(options, HeadOptions)
-        stats = _token_stats(self, rows_NH, targets_BS[mask_BS], options, entropy_gradient=False)
+        stats = _token_stats(self, rows_NH, _chosen(targets_BS, places_N), options, entropy_gradient=False)
         num_items = given.get("num_items_in_batch")
         if isinstance(num_items, torch.Tensor):
             num_items = num_items.to(stats.log_probs.device)
         loss = -stats.log_probs.mean() if num_items is None else -stats.log_probs.sum() / num_items
         return CausalLMOutputWithLazyLogits(
             loss=loss,
-            logits=_lazy_logits(self.get_output_embeddings(), outputs.last_hidden_state, rows_NH, options),
+            logits=_lazy_logits(self, outputs.last_hidden_state, again, rows_NH, options),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -300,17 +315,106 @@ def _targets(labels: torch.Tensor, shift_labels: torch.Tensor | None, ignore_ind
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
-def _labelled_rows(
-    backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mask_BS: torch.Tensor
-) -> tuple[torch.Tensor, Any]:
-    """``(hidden states of the masked positions, (N, hidden_size); the backbone's outputs)``.
+class _Labelled(NamedTuple):
+    """Hidden states ``(N, hidden_size)`` of the masked positions, their places among all, the backbone's outputs, and,
+    if these lack ``last_hidden_state``, a forward that has it."""
 
-    Rows without a label cost nothing in the head. ``outputs.last_hidden_state`` may be None where the other positions
-    were not computed.
+    rows_NH: torch.Tensor
+    places_N: torch.Tensor
+    outputs: Any
+    again: "_SecondForward | None"
+
+
+def _labelled_rows(
+    model: "FastCausalLM",
+    backbone: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mask_BS: torch.Tensor,
+    unsure: str | None = None,
+) -> _Labelled:
+    """Run the backbone; positions without a label cost nothing in the head, and little in routed layers.
+
+    Finding the rows is the one wait for the device in a step. ``unsure`` is the caller's reason not to route.
     """
-    outputs = backbone(*args, **kwargs)
-    hidden_TH = outputs.last_hidden_state.flatten(0, -2)
-    return hidden_TH[mask_BS.reshape(-1).to(hidden_TH.device)], outputs
+    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    mask_P = mask_BS.reshape(-1) if tokens is None else mask_BS.reshape(-1).to(tokens.device)
+    routing = model._fastpeft.routing
+    reason = _unroutable(model, args, kwargs) or unsure or _route_obstacle(model, backbone)
+    if reason is None and (tokens is None or tokens.shape[:2].numel() != mask_P.numel()):
+        reason = "labels of another shape than the tokens"
+    if reason is None and tokens is not None:
+        last = backbone.layers[-1].self_attn  # type: ignore[index,union-attr]
+        plan = plan_route(tuple(tokens.shape[:2]), mask_P, kwargs.get("attention_mask"), last, routing)
+    else:
+        routing.unrouted[str(reason)] += 1
+        places_N = mask_P.nonzero().squeeze(1)
+        plan = Plan(None, places_N, places_N)
+    again = None
+    if plan.route is None:
+        outputs = backbone(*args, **kwargs)
+    else:
+        again = _SecondForward(backbone, args, kwargs, mask_P)
+        outputs = backbone(*args, **kwargs, fastpeft_route=plan.route)
+    rows_N = plan.rows_N
+    if plan.route is not None and not plan.route.taken:  # a backbone that keeps its kwargs for itself
+        rows_N, again = plan.places_N, None
+    hidden_RH = outputs.last_hidden_state.flatten(0, -2)
+    rows_NH = hidden_RH if rows_N is None else take(hidden_RH, rows_N.to(hidden_RH.device))
+    if again is not None:
+        outputs.last_hidden_state = None
+    return _Labelled(rows_NH, plan.places_N, outputs, again)
+
+
+def _route_obstacle(model: "FastCausalLM", backbone: nn.Module) -> str | None:
+    """Why the layers must see every position, whatever the call."""
+    if not model._fastpeft.routing.enabled:
+        return "switched off (routing=False)"
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != getattr(model.config, "num_hidden_layers", None):
+        return f"{type(backbone).__name__} without its layers"
+    for layer in layers:
+        if not isinstance(layer, FastDecoderLayer):
+            return f"{type(layer).__name__} is not patched"
+        if not isinstance(layer.self_attn, FastAttention):
+            return f"{type(layer.self_attn).__name__} is not patched"
+        if layer.training != model.training or layer.self_attn.training != model.training:
+            return "some layers train, others do not"
+    if getattr(model.config, "router_jitter_noise", 0):
+        return "router jitter"
+    return hooked(backbone) or notices_rows(layers) or notices_rows(getattr(backbone, "norm", None))
+
+
+def _unroutable(model: "FastCausalLM", args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why this call's layers must see every position."""
+    if reason := model._may_fuse():
+        return reason
+    if not model.training:
+        return "not training"
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if kwargs.get(name, getattr(model.config, name, False)):
+            return name
+    if kwargs.get("past_key_values") is not None:
+        return "past_key_values given"
+    return "positional arguments" if len(args) > 1 else None
+
+
+def _chosen(targets_BS: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    return targets_BS.reshape(-1).index_select(0, places_N.to(targets_BS.device))
+
+
+class _SecondForward:
+    """The backbone's forward of now, once more and unrouted: with the same random numbers, without a cache."""
+
+    def __init__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.Tensor) -> None:
+        self.backbone, self.args, self.kwargs = backbone, args, {**kwargs, "use_cache": False}
+        self.draw = Draw(on)
+
+    def __call__(self) -> torch.Tensor:
+        with self.draw:
+            hidden_BSH: torch.Tensor = self.backbone(*self.args, **self.kwargs).last_hidden_state
+        return hidden_BSH
 
 
 def _token_stats(
@@ -334,27 +438,49 @@ def _token_stats(
 
 
 def _lazy_logits(
-    head: Any, hidden_BSH: torch.Tensor | None, rows_NH: torch.Tensor, options: HeadOptions
+    model: "FastCausalLM",
+    hidden_BSH: torch.Tensor | None,
+    again: _SecondForward | None,
+    rows_NH: torch.Tensor,
+    options: HeadOptions,
 ) -> LazyLogits:
-    """What stock would have returned for these hidden states, under the autocast of now."""
+    """What stock would have returned, under the autocast of now, from these hidden states or those of ``again``.
+
+    Tells the model's routing whether somebody wants them: reads them, or keeps the output when the backward begins.
+    """
+    head: Any = model.get_output_embeddings()
+    routing = model._fastpeft.routing
     kind = head.weight.device.type
     enabled, autocast_dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    read, backwards = False, routing.backwards
 
     def compute() -> torch.Tensor:
-        if hidden_BSH is None:
+        nonlocal read
+        read = routing.logits_wanted = True
+        # an optimizer may have moved the parameters since, and not all bump their versions
+        if again is not None and backwards != routing.backwards:
             raise RuntimeError(
-                "logits: this training step computed its loss from the labelled positions only and has no logits; "
-                "call the model without labels for them, or in eval(), or leave the CausalLM out of patch_model(only=)"
+                "logits: this training step computed the labelled positions only, and a backward has run since; "
+                "read them before backward(), or patch_model(routing=False)"
             )
         with torch.enable_grad(), torch.autocast(kind, autocast_dtype, enabled):
-            logits: torch.Tensor = head(hidden_BSH)
+            logits: torch.Tensor = head(hidden_BSH if again is None else again())
             if options.scale != 1.0:
                 logits = logits * options.scale
             if options.softcap is not None:
                 logits = torch.tanh(logits / options.softcap) * options.softcap
         return logits
 
-    return LazyLogits(compute, compute_dtype(rows_NH, head.weight) or rows_NH.dtype)
+    lazy = LazyLogits(compute, compute_dtype(rows_NH, head.weight) or rows_NH.dtype)
+    kept = weakref.ref(lazy)
+
+    def begin(_: torch.Tensor) -> None:
+        routing.backwards += 1
+        routing.logits_wanted = read or kept() is not None
+
+    if rows_NH.requires_grad:
+        rows_NH.register_hook(begin)  # type: ignore[no-untyped-call]
+    return lazy
 
 
 def _trl_obstacle(model: Any, options: dict[str, Any]) -> str | None:
@@ -383,11 +509,11 @@ def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *ar
     targets_BS = _targets(labels, shift_labels, IGNORED)
     mask_BS = targets_BS != IGNORED
     backbone = getattr(model, options["backbone_attr"])
-    rows_NH, _ = _labelled_rows(backbone, args, {**kwargs, "use_cache": False}, mask_BS)
+    rows_NH, places_N, *_ = _labelled_rows(model, backbone, args, {**kwargs, "use_cache": False}, mask_BS)
     head_options = HeadOptions(
         options["logit_scale"], options["final_logit_softcapping"], float(options["temperature"])
     )
-    stats = _token_stats(model, rows_NH, targets_BS[mask_BS], head_options, entropy_gradient=True)
+    stats = _token_stats(model, rows_NH, _chosen(targets_BS, places_N), head_options, entropy_gradient=True)
     mask_BS = (mask_BS[:, :-1] if shift_labels is None else mask_BS).to(stats.log_probs.device)
     wanted = {"log_probs", *options["outputs"]}
     # masked_scatter keeps the result connected to the model even when no label is left

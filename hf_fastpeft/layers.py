@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from hf_fastpeft.lowrank import LowRank, compute_dtype, intercepted, is_plain, r
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm
+from hf_fastpeft.routing import Route, Routing
 
 __all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastModule", "FastRMSNorm", "Site"]
 
@@ -39,7 +41,8 @@ class Site:
     """What a patched module remembers: its options and what happened to each of its blocks so far."""
 
     impl: Impl
-    adapters: SideCache = field(default_factory=SideCache)  # one for all sites of a model
+    adapters: SideCache = field(default_factory=SideCache)  # these two are one for all sites of a model
+    routing: Routing = field(default_factory=Routing)
     fused: Counter[str] = field(default_factory=Counter)
     stock: Counter[tuple[str, str]] = field(default_factory=Counter)  # (block, reason) -> calls
 
@@ -89,6 +92,11 @@ class FastModule(nn.Module):
     def tolerates(cls, forward: Any) -> bool:
         """Whether a module with this foreign instance ``forward`` can be patched all the same."""
         return False
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Before the linears' turn: savers want contiguous weights in memory of their own."""
+        self._fastpeft.adapters.release(self, getattr(self, "linears", {}).values())
+        super()._save_to_state_dict(*args, **kwargs)
 
     def obstacle(self, block: str) -> str | None:
         """Why ``block`` would run stock in the adapters' and dropouts' present state; None if it would be fused."""
@@ -168,6 +176,7 @@ class FastMLP(FastModule):
         "SiLU": "silu",
         "SiLUActivation": "silu",
         "GELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh",
         "GELUActivation": "gelu",
     }
 
@@ -176,7 +185,7 @@ class FastMLP(FastModule):
 
     def _stacks(self) -> tuple[tuple[LowRank, ...], tuple[LowRank, ...]] | str:
         act = self._activation()
-        if type(act).__name__ not in self.activations or hasattr(act, "act"):
+        if type(act).__name__ not in self.activations:
             return f"activation {type(act).__name__}"
         if reason := intercepted(act):
             return reason
@@ -232,6 +241,8 @@ class FastAttention(FastModule):
         "attention_out": ("o_proj",),
     }
     qk_norms: ClassVar[tuple[str, str] | None] = None  # norms of queries and keys over head_dim
+    # what the family passes to the attention function beyond the common arguments: keyword -> attribute of the module
+    attention_options: ClassVar[dict[str, str]] = {}
     # the family's own helpers, for the parts that run stock
     eager_attention: ClassVar[Callable[..., Any]]
     stock_rotary: ClassVar[Callable[..., Any]]
@@ -319,7 +330,7 @@ class FastAttention(FastModule):
 
     def _attention_options(self) -> dict[str, Any]:
         """Keyword arguments that the family passes to the attention function beyond the common ones."""
-        return {}
+        return {name: attrgetter(path)(self) for name, path in self.attention_options.items()}
 
     def forward(
         self,
@@ -351,10 +362,18 @@ class FastAttention(FastModule):
         *,
         norm: nn.Module | None = None,
         residual: bool = False,
+        route: Route | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The module's output for ``norm(h)``, plus ``h`` where ``residual`` is asked for, and the attention weights."""
-        q, k, v, around = self._project_in(h, *position_embeddings, norm)
+        """The module's output for ``norm(h)``, plus ``h`` where ``residual`` is asked for, and the attention weights.
+
+        ``h`` is what the route lets in, the result what it lets go on.
+        """
+        cos, sin = position_embeddings if route is None else map(route.table, position_embeddings)
+        q, k, v, around = self._project_in(h, cos, sin, norm)
+        if route is not None:
+            q, k, v = route.spread(q), route.spread(k), route.spread(v)
+            around = route.narrow(around, self) if residual else around
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, type(self).eager_attention)
@@ -369,7 +388,8 @@ class FastAttention(FastModule):
             **self._attention_options(),
             **kwargs,
         )
-        return self._project_out(out.reshape(*h.shape[:-1], -1), around if residual else None), weights
+        out = out.reshape(*h.shape[:-1], -1) if route is None else route.leave(out.reshape(*route.shape, -1), self)
+        return self._project_out(out, around if residual else None), weights
 
 
 class FastBackbone(FastModule):
@@ -396,22 +416,30 @@ class FastDecoderLayer(FastModule):
         hidden_states: torch.Tensor,
         *args: Any,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        fastpeft_route: Route | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         if self._may_fuse() is not None or args or position_embeddings is None:
+            assert fastpeft_route is None
             kwargs["position_embeddings"] = position_embeddings
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        return self._feed_forward(self._attend(hidden_states, position_embeddings=position_embeddings, **kwargs))
+        h = hidden_states if fastpeft_route is None else fastpeft_route.enter(hidden_states)
+        h = self._attend(h, fastpeft_route, position_embeddings=position_embeddings, **kwargs)
+        return self._feed_forward(h)
 
-    def _attend(self, h: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        attention, norm = self.self_attn, getattr(self, self.attention_norm)
+    def _attend(self, h: torch.Tensor, route: Route | None = None, **kwargs: Any) -> torch.Tensor:
+        attention: Any = self.self_attn
+        norm = getattr(self, self.attention_norm)
         after = self._acting(self.after_attention)
         if isinstance(attention, FastAttention) and intercepted(attention) is None:
-            out, _ = attention.run(h, norm=norm, residual=not after, **{"attention_mask": None, **kwargs})
+            out, _ = attention.run(h, norm=norm, residual=not after, route=route, **{"attention_mask": None, **kwargs})
             if not after:
                 return out
         else:
-            out, _ = attention(hidden_states=norm(h), **kwargs)  # type: ignore[operator]
+            taken = {} if route is None else {"route": route}  # only by a FastAttention, or there is none
+            out, _ = attention(hidden_states=norm(h), **taken, **kwargs)
+        if route is not None:
+            h = route.narrow(h, attention)
         for module in after:
             out = module(out)
         return h + out

@@ -16,23 +16,42 @@ from peft import PeftModel
 from torch import nn
 
 from hf_fastpeft.blocks.adapters import SideCache
+from hf_fastpeft.border import Placement, tied_weights
+from hf_fastpeft.causal_lm import FastCausalLM
 from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
-from hf_fastpeft.layers import FastModule, Site
+from hf_fastpeft.layers import FastDecoderLayer, FastModule, Site
 from hf_fastpeft.ops._backend import IMPLS, Impl, use_triton
-from hf_fastpeft.stacking import stack_weights, unstack_weights, weights_of
+from hf_fastpeft.routing import Routing
+from hf_fastpeft.stacking import weights_of
 
-__all__ = ["FAMILIES", "Family", "Patched", "patch_model", "register_family", "stock_forwards"]
+__all__ = ["FAMILIES", "Family", "Patched", "families_table", "patch_model", "register_family", "stock_forwards"]
 
 # model_type -> module that defines FAMILY; families load when a model asks for them
-FAMILIES: dict[str, str] = {"llama": "hf_fastpeft.patches.llama"}
+FAMILIES: dict[str, str] = {
+    "gemma2": "hf_fastpeft.patches.gemma2",
+    "gemma3": "hf_fastpeft.patches.gemma3",
+    "gemma3_text": "hf_fastpeft.patches.gemma3_text",
+    "llama": "hf_fastpeft.patches.llama",
+    "mistral": "hf_fastpeft.patches.mistral",
+    "mixtral": "hf_fastpeft.patches.mixtral",
+    "phi3": "hf_fastpeft.patches.phi3",
+    "qwen2": "hf_fastpeft.patches.qwen2",
+    "qwen3": "hf_fastpeft.patches.qwen3",
+    "qwen3_moe": "hf_fastpeft.patches.qwen3_moe",
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One Hugging Face architecture: its ``model_type`` and the fast classes that stand in for its modules."""
+    """One Hugging Face architecture: its ``model_type`` and the fast classes that stand in for its modules.
+
+    ``covers`` and ``notes`` are for readers: the models it includes, and what its classes do not say.
+    """
 
     model_type: str
     fast_classes: tuple[type[FastModule], ...]
+    covers: str = ""
+    notes: str = ""
 
     @property
     def swaps(self) -> dict[type[nn.Module], type[FastModule]]:
@@ -48,6 +67,44 @@ def register_family(model_type: str, module: str) -> None:
         module: importable module that defines ``FAMILY``, a :class:`Family`.
     """
     FAMILIES[model_type] = module
+
+
+def families_table() -> str:
+    """The registered families as a Markdown table: what each fuses, read off its classes."""
+    rows = [
+        ("family", "`model_type`", "norm", "q/k norm", "attention in", "attention out", "MLP", "head", "notes"),
+        ("---",) * 9,
+        *(_family_row(import_module(module).FAMILY) for _, module in sorted(FAMILIES.items())),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _family_row(family: Family) -> tuple[str, ...]:
+    fast: dict[str, list[Any]] = {}
+    for cls in family.fast_classes:
+        for block in cls.blocks:
+            fast.setdefault(block, []).append(cls)
+    (norm,), (attention,) = fast["rms_norm"], fast["attention_in"]
+    (layer,) = (cls for cls in family.fast_classes if issubclass(cls, FastDecoderLayer))
+    mlps = [_short(*cls.linears.values()) if hasattr(cls, "linears") else "experts stock" for cls in fast["mlp"]]
+    between = ", ".join(layer.after_attention + layer.after_mlp)
+    options = ", ".join(attention.attention_options).replace("_", " ")
+    notes = [options, between and f"{between} before the residuals", family.notes]
+    return (
+        family.covers,
+        f"`{family.model_type}`",
+        "RMSNorm, 1 + weight" if norm.unit_offset else "RMSNorm",
+        "no" if attention.qk_norms is None else "yes",
+        f"{_short(attention.linears['attention_in'])}, rotary",
+        _short(attention.linears["attention_out"]),
+        "; ".join(mlps),
+        "yes" if "lm_head" in fast else "stock",
+        "; ".join(filter(None, notes)),
+    )
+
+
+def _short(*groups: tuple[str, ...]) -> str:
+    return ", ".join(name.removesuffix("_proj") for group in groups for name in group)
 
 
 def _load_family(model: nn.Module) -> Family:
@@ -120,7 +177,7 @@ class Patched:
     impl: Impl
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
-    _stacked: list[nn.Parameter] = field(default_factory=list)
+    _placement: Placement = field(default_factory=Placement)
     _last_report: dict[str, Any] | None = None  # what there was to tell when the model was restored
 
     def modules(self) -> Iterator[tuple[str, FastModule]]:
@@ -143,16 +200,15 @@ class Patched:
         for _, module in modules:
             del module._fastpeft
             _set_class(module, _stock_of(module))
-        unstack_weights(self._stacked)
-        self._stacked.clear()
+        self._placement.restore()
         return self.model
 
     def stack(self, module: FastModule) -> None:
         """Move the weights that a patched module multiplies together behind each other."""
         for names in getattr(module, "linears", {}).values():
             weights = weights_of(module, names)
-            if weights is not None and stack_weights(weights):
-                self._stacked += weights
+            if weights is not None:
+                self._placement.stack(weights)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready report: per block the modules fused now, those that are not and why, and the calls so far."""
@@ -182,6 +238,8 @@ class Patched:
             "model_type": self.family.model_type,
             "impl": self.impl,
             "blocks": blocks,
+            "routing": _routing_of(modules),
+            "bordered": self._placement.to_json(),
             "skipped": dict(self.skipped),
             "unmatched": list(self.unmatched),
             "restored": False,
@@ -201,6 +259,10 @@ class Patched:
             lines += [f"    stock now: {why} ({n} modules)" for why, n in row["stock"].items()]
             past = {why: n for why, n in row["calls_stock"].items() if why not in row["stock"]}
             lines += [f"    ran stock: {why} ({n} calls)" for why, n in past.items()]
+        lines += _routing_lines(data["routing"])
+        if data["bordered"] is not None:
+            lines.append(f"bordered weights: {data['bordered']['stacks']} stacks so far")
+            lines += [f"    adapters apart: {why} ({n} stacks)" for why, n in data["bordered"]["apart"].items()]
         lines += [f"left alone: {path}: {why}" for path, why in self.skipped.items()]
         lines += [f"no module of class {name}" for name in self.unmatched]
         return "\n".join(lines)
@@ -212,6 +274,28 @@ class Patched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+
+def _routing_of(modules: Iterable[tuple[str, FastModule]]) -> dict[str, Any] | None:
+    """What the model's head did about padding and positions without a label; None without a fused head."""
+    for _, module in modules:
+        if isinstance(module, FastCausalLM):
+            return {**module._fastpeft.routing.to_json(), "obstacle": module.routing_obstacle()}
+    return None
+
+
+def _routing_lines(data: dict[str, Any] | None) -> list[str]:
+    if data is None:
+        return []
+    padding, last = data["padding"], data["last_layer"]
+    lines = [
+        f"padding removed in {padding['calls']} calls ({padding['of'] - padding['rows']} of {padding['of']} tokens)",
+        f"last layer ran on labelled positions in {last['calls']} calls ({last['rows']} of {last['of']} tokens)",
+    ]
+    if data["obstacle"] is not None:
+        lines.append(f"    every position now: {data['obstacle']}")
+    past = {why: n for why, n in data["unrouted"].items() if why != data["obstacle"]}
+    return lines + [f"    every position: {why} ({n} calls)" for why, n in past.items()]
 
 
 def _stock_of(module: FastModule) -> type[nn.Module]:
@@ -249,7 +333,14 @@ def _bare(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def patch_model(model: nn.Module, *, impl: Impl = "auto", only: str | Collection[str] | None = None) -> Patched:
+def patch_model(
+    model: nn.Module,
+    *,
+    impl: Impl = "auto",
+    only: str | Collection[str] | None = None,
+    routing: bool = True,
+    bordered: bool = False,
+) -> Patched:
     """Swap the blocks of this model for fused ones.
 
     Works on a transformers model before or after PEFT wrapped it, and on a ``PeftModel``. Nothing is copied or moved;
@@ -261,6 +352,10 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: str | Collection
         impl: ``"auto"`` takes Triton on CUDA tensors and torch elsewhere; ``"triton"`` insists; ``"torch"`` never
             takes it.
         only: stock class name or names to patch (for example ``"LlamaMLP"``); all of the family's by default.
+        routing: leave padding, and in the last layer positions without a label, out of training steps whose loss the
+            fused head computes (:mod:`hf_fastpeft.routing`).
+        bordered: keep each stack's frozen weights and its adapters in one matrix where that is exact, so that one
+            product does for both (:mod:`hf_fastpeft.border`). In a single process.
 
     Returns:
         A :class:`Patched`: ``.report()``, ``.to_json()``, ``.restore()``; as a context manager it restores on exit.
@@ -298,18 +393,23 @@ def patch_model(model: nn.Module, *, impl: Impl = "auto", only: str | Collection
         for parameter in model.parameters():
             use_triton(impl, parameter)
             break
-    patched = Patched(model, family, impl)
-    adapters = SideCache()
+    placement = Placement(bordered, tied_weights(model))
+    patched = Patched(model, family, impl, _placement=placement)
+    adapters, routes = SideCache(placement), Routing(routing)
     found = set()
     for path, module in matched:
         stock = type(module)
         found.add(stock)
         reason = _held_by_others(module, swaps[stock])
         if reason is None:
-            module._fastpeft = Site(impl, adapters)
+            module._fastpeft = Site(impl, adapters, routes)
             _set_class(module, swaps[stock])
             patched.stack(module)
         else:
             patched.skipped[path] = reason
+    for path, module in model.named_modules():
+        derived = next((stock for stock in swaps if isinstance(module, stock) and type(module) is not stock), None)
+        if derived is not None and not isinstance(module, FastModule):
+            patched.skipped[path] = f"{type(module).__name__} derives from {derived.__name__}"
     patched.unmatched = tuple(stock.__name__ for stock in swaps if stock not in found)
     return patched

@@ -1,8 +1,9 @@
 """Weights of linears over one input, moved behind each other in memory so that one product reads them all.
 
 Each weight stays a parameter of its module, now a view of the common buffer: state dicts, saving, merging and
-optimizers go on as before. What moves a parameter elsewhere (``model.to``, sharding) merely ends the neighbourhood: the
-blocks look at where the weights lie on every call and multiply one by one where they are apart.
+optimizers go on as before. What moves a parameter elsewhere (``model.to``, sharding) merely ends the neighbourhood:
+the blocks look at where the weights lie on every call and multiply one by one where they are apart.
+:mod:`hf_fastpeft.border` stacks them again where it may.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from torch import nn
 
 from hf_fastpeft.lowrank import is_plain
 
-__all__ = ["stack_weights", "unstack_weights", "weights_of"]
+__all__ = ["adjacent", "owns_storage", "stack_weights", "unstack_weights", "weights_of"]
 
 
 def weights_of(owner: nn.Module, names: Iterable[str]) -> list[nn.Parameter] | None:
@@ -41,7 +42,7 @@ def stack_weights(weights: Sequence[nn.Parameter]) -> bool:
     rows = [weight.shape[0] for weight in weights]
     with torch.no_grad():
         buffer = torch.cat([weight.data for weight in weights])
-        for weight, part in zip(weights, buffer.split(rows), strict=True):
+        for weight, part in zip(weights, torch.split(buffer, rows), strict=True):
             weight.data = part
     return True
 
@@ -57,7 +58,32 @@ def _movable(weight: nn.Parameter, first: nn.Parameter) -> bool:
 
 
 def unstack_weights(weights: Iterable[nn.Parameter]) -> None:
-    """Give each weight memory of its own again."""
+    """Give each weight contiguous memory of its own again."""
     for weight in weights:
-        if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
-            weight.data = weight.data.clone()
+        if not owns_storage(weight):
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+
+def owns_storage(*weights: torch.Tensor) -> bool:
+    """Whether the weights, all in the storage of the first, fill it to the last byte."""
+    return weights[0].untyped_storage().nbytes() == sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def adjacent(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One view ``(O, I)`` over weights that lie behind each other in one storage with rows of one length.
+
+    None where they lie otherwise.
+    """
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    storage, stride, end = first.untyped_storage()._cdata, first.stride(), first.storage_offset()
+    if stride[1] != 1:
+        return None
+    for weight in weights:
+        behind = weight.untyped_storage()._cdata == storage and weight.storage_offset() == end
+        if not behind or weight.stride() != stride or weight.dtype != first.dtype:
+            return None
+        end += weight.shape[0] * stride[0]
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), stride)

@@ -54,4 +54,5 @@ FAMILY = Family(
         FastLlamaModel,
         FastLlamaForCausalLM,
     ),
+    covers="Llama 1 to 3.x, SmolLM2, TinyLlama",
 )

@@ -258,24 +258,6 @@ def test_logits_carry_stocks_gradient_and_dtype(autocast):
         assert rel_err(gradients[1][name], want) < (1e-5 if autocast is None else 2e-2), name
 
 
-def test_logits_that_cannot_be_computed_say_what_to_do(monkeypatch):
-    """For a backbone that computes the labelled positions only."""
-    rows_of = causal_lm._labelled_rows
-
-    def labelled_only(*args):
-        rows, outputs = rows_of(*args)
-        outputs.last_hidden_state = None
-        return rows, outputs
-
-    model = adapted_llama("lora", torch.float32)
-    patch_model(model)
-    monkeypatch.setattr(causal_lm, "_labelled_rows", labelled_only)
-    out = model(**BATCH)
-    out.loss.backward()
-    with pytest.raises(RuntimeError, match=r"call the model without labels for them, or in eval\(\), or leave"):
-        out.to_tuple()
-
-
 def test_an_output_is_pickled_with_its_logits():
     model = adapted_llama("lora", torch.float32)
     patch_model(model)

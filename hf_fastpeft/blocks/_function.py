@@ -6,6 +6,7 @@ import torch
 
 from hf_fastpeft.blocks.adapters import Stack
 from hf_fastpeft.blocks.projection import Draw, Plan
+from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
 from hf_fastpeft.ops.rms_norm import rms_norm_bwd, rms_norm_fwd
 
@@ -23,7 +24,7 @@ def rebuild(plan: Plan, tensors: Sequence[torch.Tensor | None]) -> list[LowRank]
     for i, factors in enumerate(plan.factors):
         weight, *others = tensors[i * TENSORS_PER_LINEAR : (i + 1) * TENSORS_PER_LINEAR]
         assert weight is not None
-        stack.append(LowRank(weight, *others, *factors))
+        stack.append(LowRank(weight, *others, *factors))  # type: ignore[call-arg,arg-type]
     return stack
 
 
@@ -41,12 +42,23 @@ def draw_of(plan: Plan, x: torch.Tensor) -> Draw | None:
 def norm_fwd(
     h_TI: torch.Tensor, weight: torch.Tensor | None, norm: tuple[float, bool] | None, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(x, rstd)``: the stack's input in its compute dtype; ``h`` itself without a norm."""
+    """``(x, rstd)``: the stack's input in its compute dtype, with room for its border; ``h`` itself without a norm."""
     if norm is None or weight is None:
         return h_TI.to(plan.dtype), None
     eps, unit_offset = norm
-    x_TI, rstd_T1 = rms_norm_fwd(h_TI, weight, eps, plan.impl, unit_offset=unit_offset)
-    return x_TI.to(plan.dtype), rstd_T1
+    if plan.border is None:
+        x_TI, rstd_T1 = rms_norm_fwd(h_TI, weight, eps, plan.impl, unit_offset=unit_offset)
+        return x_TI.to(plan.dtype), rstd_T1
+    x_TK = room_for(h_TI.shape, plan.border, plan.dtype, h_TI.device)
+    out_TI = x_TK[:, : h_TI.shape[1]] if _norm_dtype(h_TI, weight, unit_offset) == plan.dtype else None
+    x_TI, rstd_T1 = rms_norm_fwd(h_TI, weight, eps, plan.impl, unit_offset=unit_offset, out=out_TI)
+    if out_TI is None:
+        x_TK[:, : h_TI.shape[1]] = x_TI
+    return x_TK, rstd_T1
+
+
+def _norm_dtype(h_TI: torch.Tensor, weight: torch.Tensor, unit_offset: bool) -> torch.dtype:
+    return h_TI.dtype if unit_offset else torch.promote_types(h_TI.dtype, weight.dtype)
 
 
 def norm_bwd(
@@ -65,14 +77,13 @@ def norm_bwd(
 
     Without ``d_x`` there is only ``x`` to rebuild.
     """
-    eps, unit_offset = norm
+    _, unit_offset = norm
     if d_x_TI is None:
-        x_TI = norm_fwd(h_TI, weight, norm, plan)[0] if with_x else None
+        x_TI = norm_fwd(h_TI, weight, norm, plan._replace(border=None))[0] if with_x else None
         return None, None, x_TI
     x_TI = None
     if with_x:
-        dtype = h_TI.dtype if unit_offset else torch.promote_types(h_TI.dtype, weight.dtype)
-        x_TI = torch.empty_like(h_TI, dtype=dtype)
+        x_TI = torch.empty_like(h_TI, dtype=_norm_dtype(h_TI, weight, unit_offset))
     d_h_TI, d_weight_I = rms_norm_bwd(
         d_x_TI,
         h_TI,

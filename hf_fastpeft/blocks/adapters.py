@@ -1,22 +1,26 @@
-"""The adapters of a stack of linears laid out for its products, and a cache of them for a whole model.
+"""The adapters and biases of a stack of linears laid out for its products, and a cache of them for a whole model.
 
-PEFT casts each A and B on every call. Here the copies of all stacks that were used lately are refreshed together, by a
-handful of launches, when the first block of a forward asks for its own. Their age is counted in forwards of the model,
-never read off ``tensor._version``, which fused optimizers do not bump. Within a forward and its backward, recomputation
-included, copies are shared; a block called on its own gets fresh ones.
+PEFT casts each A and B on every call. Here the copies of all stacks that were used lately are refreshed together,
+when the first block of a forward asks for its own. Their age is counted in forwards of the model, never read off
+``tensor._version``, which fused optimizers do not bump. Within a forward and its backward, recomputation included,
+copies are shared; a block called on its own gets fresh ones.
 
 Shape legend: I = in_features, O = out_features of the whole stack, R = its ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+from torch import nn
 
+from hf_fastpeft.border import Border, Placement
 from hf_fastpeft.lowrank import LowRank
+from hf_fastpeft.stacking import weights_of
 
-__all__ = ["Side", "SideCache", "Stack", "make_side", "slices"]
+__all__ = ["Side", "SideCache", "Stack", "make_bias", "make_side", "slices"]
 
 Stack = Sequence[LowRank]
 
@@ -38,7 +42,7 @@ class Side:
 
     Attributes:
         A_RI: every A under the one before, each row times its gate.
-        B_OR: every B, as blocks on the diagonal; those whose linears have scalings of their own are multiplied by them.
+        B_OR: every B, as blocks on the diagonal; times the scaling where that is not ``alpha``.
         alpha: the scaling that all share, 1 where B carries it.
         gate_R: the gates in at least float32, ones for linears without; None where no linear has one.
     """
@@ -49,23 +53,29 @@ class Side:
     gate_R: torch.Tensor | None
 
 
-def make_side(stack: Stack, dtype: torch.dtype) -> Side | None:
-    """Lay out the adapters of ``stack``; None without any."""
+def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None) -> Side | None:
+    """Lay out the adapters of ``stack``, in ``border`` where one is given; None without any."""
     adapted = [low for low in stack if low.A is not None]
     if not adapted:
         return None
     weight, scalings = stack[0].weight, {low.scaling for low in adapted}
-    O, R = sum(low.weight.shape[0] for low in stack), sum(low.rank for low in stack)
+    rows, R = sum(low.weight.shape[0] for low in stack), sum(low.rank for low in stack)
     gate_R = None
     if any(low.gate is not None for low in adapted):
         gate_R = weight.new_ones(R, dtype=torch.promote_types(dtype, torch.float32))
-    side = Side(
-        weight.new_empty(R, weight.shape[1], dtype=dtype),
-        # one B fills all of it
-        weight.new_empty(O, R, dtype=dtype) if len(stack) == 1 else weight.new_zeros(O, R, dtype=dtype),
-        adapted[0].scaling if len(scalings) == 1 else 1.0,
-        gate_R,
-    )
+    if border is not None:
+        border.A_RI.zero_()
+        border.B_OR.zero_()
+        border.memory[border.out_features :, border.in_features :].zero_()
+        side = border.side = Side(border.A_RI[:R], border.B_OR[:, :R], 1.0, gate_R)
+    else:
+        side = Side(
+            weight.new_empty(R, weight.shape[1], dtype=dtype),
+            # one B fills all of it
+            weight.new_empty(rows, R, dtype=dtype) if len(stack) == 1 else weight.new_zeros(rows, R, dtype=dtype),
+            adapted[0].scaling if len(scalings) == 1 else 1.0,
+            gate_R,
+        )
     _fill([(side, stack)])
     return side
 
@@ -76,12 +86,18 @@ def _fill(sides: list[tuple[Side, Stack]]) -> None:
     slots: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     gates, gate_slots, gate_scales, gated_A, gated_slots = [], [], [], [], []
+    scaled_B, scalings, scaled_slots = [], [], []
     for side, stack in sides:
         for low, (rows, ranks) in zip(stack, slices(stack), strict=True):
             if low.A is None or low.B is None:
                 continue
-            values.append(low.B if low.scaling == side.alpha else low.B * low.scaling)
-            slots.append(side.B_OR[rows, ranks])
+            if low.scaling == side.alpha:
+                values.append(low.B)
+                slots.append(side.B_OR[rows, ranks])
+            else:
+                scaled_B.append(low.B)
+                scalings.append(low.scaling)
+                scaled_slots.append(side.B_OR[rows, ranks])
             if low.gate is None or side.gate_R is None:
                 values.append(low.A)
                 slots.append(side.A_RI[ranks])
@@ -96,12 +112,46 @@ def _fill(sides: list[tuple[Side, Stack]]) -> None:
         torch._foreach_mul_(gate_slots, gate_scales)
         values += torch._foreach_mul(gated_A, [gate_R.unsqueeze(1) for gate_R in gate_slots])
         slots += gated_slots
+    if scaled_B:
+        values += torch._foreach_mul(scaled_B, scalings)
+        slots += scaled_slots
     torch._foreach_copy_(slots, values)
 
 
+def make_bias(stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:
+    """All that the linears add to each row, ``(O,)`` in ``dtype`` with ``zeros`` behind; None where they add nothing."""
+    if all(low.bias is None and low.lora_bias is None for low in stack):
+        return None
+    (first, *others) = stack
+    if not others and not zeros and first.lora_bias is None and first.bias is not None and first.bias.dtype == dtype:
+        return first.bias.detach()
+    rows = sum(low.weight.shape[0] for low in stack)
+    bias_O = first.weight.new_zeros(rows + zeros, dtype=dtype)
+    _fill_biases([(bias_O, stack)])
+    return bias_O
+
+
+@torch.no_grad()
+def _fill_biases(biases: list[tuple[torch.Tensor, Stack]]) -> None:
+    slots, values = [], []
+    for bias_O, stack in biases:
+        for low, (rows, _) in zip(stack, slices(stack), strict=True):
+            value = low.bias
+            if low.lora_bias is not None:
+                scaled = low.lora_bias * low.scaling
+                value = scaled if value is None else value + scaled
+            if value is not None:
+                slots.append(bias_O[rows])
+                values.append(value)
+    torch._foreach_copy_(slots, values)
+
+
+T = TypeVar("T", Side, torch.Tensor)
+
+
 @dataclass(slots=True)
-class _Entry:
-    side: Side
+class _Entry(Generic[T]):
+    laid_out: T
     stack: Stack  # keeps the tensors alive whose identities are the key
     filled: int
     used: int
@@ -112,19 +162,25 @@ class SideCache:
 
     Attributes:
         forwards: number of forwards of the model so far.
+        placement: where the model's weights lie and may be moved; None where they stay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement | None = None) -> None:
         self.forwards = 0
+        self.placement = placement
         self._inside = False
-        self._entries: dict[tuple[object, ...], _Entry] = {}
+        self._sides: dict[tuple[object, ...], _Entry[Side]] = {}
+        self._biases: dict[tuple[object, ...], _Entry[torch.Tensor]] = {}
+        if placement is not None:
+            placement.on_drop = self._forget
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SideCache":
         """A copied model starts with an empty cache: the copies belong to the original's parameters."""
-        return memo.setdefault(id(self), SideCache())  # type: ignore[return-value]
+        placement = None if self.placement is None else Placement(self.placement.bordered)
+        return memo.setdefault(id(self), SideCache(placement))  # type: ignore[return-value]
 
     def __reduce__(self) -> tuple[type["SideCache"], tuple[()]]:
-        return SideCache, ()
+        return SideCache, ()  # unpickled weights stay where they are: which of them are tied was not written
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -136,29 +192,99 @@ class SideCache:
         finally:
             self._inside = outer
 
-    def side(self, stack: Stack, dtype: torch.dtype) -> Side | None:
-        """The adapters of ``stack`` in ``dtype``; None without any."""
+    def _shares(self) -> bool:
+        # a recomputation runs inside a backward, after the model's forward
+        return self._inside or torch._C._current_graph_task_id() != -1
+
+    def border(self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype) -> Border | None:
+        """The border around ``stack`` in which its adapters lie; None where it is to multiply with them apart."""
+        if self.placement is None or not self.placement.bordered:
+            return None
+        if not self._shares():
+            self.placement.refuse(stack, "a block called outside a forward of a patched model")
+            return None
+        border = self.placement.border(stack, dtype, side_dtype)
+        if border is None:
+            return None
+        owner = _key(stack, side_dtype)
+        if border.owner != owner:
+            entry = self._sides.get((border, *border.owner)) if border.owner is not None else None
+            if entry is not None and self.forwards - entry.used < KEPT:
+                self.placement.refuse(stack, "another adapter lies in the border")
+                return None
+            self._forget(border)
+            border = self.placement.hand_over(border, stack, owner)
+        return border
+
+    def side(self, stack: Stack, dtype: torch.dtype, border: Border | None = None) -> Side | None:
+        """The adapters of ``stack`` in ``dtype``, in ``border`` where it is theirs; None without any."""
         if all(low.A is None for low in stack):
             return None
-        # a recomputation runs inside a backward, after the model's forward
-        if not self._inside and torch._C._current_graph_task_id() == -1:
+        if not self._shares():
             return make_side(stack, dtype)
-        key = dtype, *((id(low.A), id(low.B), id(low.gate), low.scaling, low.gate_scale) for low in stack)
-        entry = self._entries.get(key)
+        key = border, *_key(stack, dtype)
+        entry = self._sides.get(key)
         if entry is None:
-            side = make_side(stack, dtype)
+            side = make_side(stack, dtype, border)
             assert side is not None
-            self._entries[key] = _Entry(side, stack, self.forwards, self.forwards)
-            return side
-        if entry.filled != self.forwards:
-            entry.used = self.forwards
-            self._refresh()
+            entry = self._sides[key] = _Entry(side, stack, self.forwards, self.forwards)
+        return self._fresh(entry)
+
+    def bias(self, stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:
+        """What :func:`make_bias` gives, laid out once a forward."""
+        if all(low.bias is None and low.lora_bias is None for low in stack):
+            return None
+        if len(stack) == 1 or not self._shares():
+            return make_bias(stack, dtype, zeros)
+        ids = ((id(low.bias), id(low.lora_bias), low.scaling, low.weight.shape[0]) for low in stack)
+        key = dtype, zeros, stack[0].weight.device, *ids
+        entry = self._biases.get(key)
+        if entry is None:
+            bias_O = make_bias(stack, dtype, zeros)
+            assert bias_O is not None
+            entry = self._biases[key] = _Entry(bias_O, stack, self.forwards, self.forwards)
+        return self._fresh(entry)
+
+    def _fresh(self, entry: _Entry[T]) -> T:
         entry.used = self.forwards
-        return entry.side
+        if entry.filled != self.forwards:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                self._fill_one(entry)  # other layers' parameters may be sharded away at this moment
+            else:
+                self._refresh()
+        return entry.laid_out
+
+    def _fill_one(self, entry: _Entry[T]) -> None:
+        if isinstance(entry.laid_out, Side):
+            _fill([(entry.laid_out, entry.stack)])
+        else:
+            _fill_biases([(entry.laid_out, entry.stack)])
+        entry.filled = self.forwards
+
+    def release(self, owner: nn.Module, stacks: Iterable[Sequence[str]]) -> None:
+        """Take the weights of these linears out of their borders until the next fused call."""
+        if self.placement is not None and self.placement.bordered:
+            for names in stacks:
+                self.placement.release(weights_of(owner, names) or ())
 
     def _refresh(self) -> None:
-        self._entries = {key: e for key, e in self._entries.items() if self.forwards - e.used < KEPT}
-        entries = list(self._entries.values())
-        _fill([(entry.side, entry.stack) for entry in entries])
-        for entry in entries:
+        known = len(self._sides)
+        self._sides = {key: e for key, e in self._sides.items() if self.forwards - e.used < KEPT}
+        if self.placement is not None and len(self._sides) < known:
+            self.placement.prune()
+        self._biases = {key: e for key, e in self._biases.items() if self.forwards - e.used < KEPT}
+        if self._sides:
+            _fill([(entry.laid_out, entry.stack) for entry in self._sides.values()])
+        if self._biases:
+            _fill_biases([(entry.laid_out, entry.stack) for entry in self._biases.values()])
+        for entry in (*self._sides.values(), *self._biases.values()):
             entry.filled = self.forwards
+
+    def _forget(self, border: Border) -> None:
+        self._sides = {key: e for key, e in self._sides.items() if key[0] is not border}
+
+
+def _key(stack: Stack, dtype: torch.dtype) -> tuple[object, ...]:
+    """What identifies the layout of a stack's adapters."""
+    adapters = ((id(low.A), id(low.B), id(low.gate), low.rank, low.scaling, low.gate_scale) for low in stack)
+    return dtype, stack[0].weight.device, *adapters

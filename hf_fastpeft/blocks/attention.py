@@ -11,6 +11,7 @@ import torch
 from hf_fastpeft.blocks._function import draw_of, flatten, norm_bwd, norm_fwd, rebuild, tokens
 from hf_fastpeft.blocks.adapters import SideCache, Stack
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, make_plan, needs_input, project, project_bwd
+from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import LowRank
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.qk_norm import norm_rotate, norm_rotate_bwd
@@ -35,7 +36,7 @@ class _Layout(NamedTuple):
         """Queries, keys and values ``(B, H, S, D)`` as views of the products' results."""
         Q, K = self.heads
         z_BSHD = z_TO.view(batch, -1, z_TO.shape[-1] // self.head_dim, self.head_dim)
-        return tuple(part.transpose(1, 2) for part in z_BSHD.split((Q, K, K), dim=2))
+        return tuple(part.transpose(1, 2) for part in torch.split(z_BSHD, [Q, K, K], dim=2))
 
 
 class _AttentionIn(torch.autograd.Function):
@@ -61,10 +62,9 @@ class _AttentionIn(torch.autograd.Function):
         ctx.draw = draw_of(plan, x_TI)
         z_TO, P_TR = project(x_TI, stack, plan)
         q, k, v = layout.split(z_TO, h.shape[0])
-        before = z_TO, None, None
+        before: tuple[torch.Tensor | None, ...] = None, None, None
         if layout.qk_norm is None:
             rotate(q, k, cos, sin, q, k, plan.impl)  # in place: nobody else has seen these two
-            before = None, None, None
         else:
             q_in, k_in = q, k
             q, k = (torch.empty_like(t.transpose(1, 2)).transpose(1, 2) for t in (q, k))
@@ -72,9 +72,10 @@ class _AttentionIn(torch.autograd.Function):
             rstds = norm_rotate(q_in, k_in, q_norm, k_norm, cos, sin, q, k, plan.impl)
             before = z_TO, *rstds
         ctx.layout, ctx.plan, ctx.h_shape, ctx.h_dtype = layout, plan, h.shape, h.dtype
+        kept_TI: torch.Tensor | None = h_TI
         if layout.norm is None:
-            h_TI = x_TI if needs_input(ctx.needs_input_grad[FIRST:]) else None
-        ctx.save_for_backward(h_TI, norm_weight, rstd_T1, q_weight, k_weight, *before, P_TR, cos, sin, *tensors)
+            kept_TI = x_TI if needs_input(ctx.needs_input_grad[FIRST:]) else None
+        ctx.save_for_backward(kept_TI, norm_weight, rstd_T1, q_weight, k_weight, *before, P_TR, cos, sin, *tensors)
         return (q, k, v, h) if layout.residual else (q, k, v)
 
     @staticmethod
@@ -86,8 +87,9 @@ class _AttentionIn(torch.autograd.Function):
         layout, plan, needs = ctx.layout, ctx.plan, ctx.needs_input_grad[FIRST:]
         stack = rebuild(plan, tensors)
         B, Q, S, D = d_q.shape
-        d_z_TO = torch.empty(B * S, (Q + 2 * d_k.shape[1]) * D, dtype=plan.dtype, device=d_q.device)
-        d_q_in, d_k_in, d_v_in = layout.split(d_z_TO, B)
+        columns = (Q + 2 * d_k.shape[1]) * D
+        d_z_TO = room_for((B * S, columns), plan.border, plan.dtype, d_q.device)
+        d_q_in, d_k_in, d_v_in = layout.split(d_z_TO[:, :columns], B)
         d_q_weight = d_k_weight = None
         if layout.qk_norm is None:
             rotate(d_q, d_k, cos, sin, d_q_in, d_k_in, plan.impl, inverse=True, v=d_v, v_out=d_v_in)
@@ -146,8 +148,9 @@ class _AttentionOut(torch.autograd.Function):
         ctx.draw = draw_of(plan, x_TI)
         out_TO, P_TR = project_onto(x_TI, residual, rebuild(plan, tensors), plan)
         ctx.plan, ctx.x_shape, ctx.x_dtype = plan, x.shape, x.dtype
+        ctx.out_shape = None if residual is None else residual.shape
         ctx.save_for_backward(x_TI if needs_input(ctx.needs_input_grad[3:]) else None, P_TR, *tensors)
-        return out_TO.view(*x.shape[:-1], -1)
+        return out_TO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -160,7 +163,7 @@ class _AttentionOut(torch.autograd.Function):
         )
         add_weight_grads(grads, d_z_TO, x_TI, U_TR, stack, ctx.plan, needs, ctx.draw)
         d_x = None if d_x_TI is None else d_x_TI.view(ctx.x_shape).to(ctx.x_dtype)
-        return d_x, d_out if ctx.needs_input_grad[1] else None, None, *grads
+        return d_x, d_out.view(ctx.out_shape) if ctx.needs_input_grad[1] else None, None, *grads
 
 
 def project_onto(
@@ -208,8 +211,8 @@ def attention_in(
         adapters: where the linears' adapters are laid out already, if anywhere.
 
     Returns:
-        ``(q, k, v)`` or ``(q, k, v, h)``, the first three ``(batch, heads, seq_len, head_dim)`` as transposed views, in
-        ``dtype``.
+        ``(q, k, v)`` or ``(q, k, v, h)``, the first three ``(batch, heads, seq_len, head_dim)`` as transposed views,
+        in ``dtype``.
     """
     layout = _Layout(
         head_dim, heads, _kind(norm), None if qk_norm is None else (_kind(qk_norm[0]), _kind(qk_norm[1])), residual
@@ -223,7 +226,7 @@ def attention_in(
         cos,
         sin,
         layout,
-        make_plan(stack, dtype, impl, h, adapters),
+        make_plan(stack, dtype, impl, h, adapters, room="both"),
         *flatten(stack),
     )
 
@@ -247,4 +250,5 @@ def attention_out(
     residual's.
     """
     plan = make_plan([linear], dtype, impl, x, adapters)
-    return _AttentionOut.apply(x, residual, plan, *flatten([linear]))  # type: ignore[no-any-return,no-untyped-call]
+    out_TO = _AttentionOut.apply(x, residual, plan, *flatten([linear]))  # type: ignore[no-untyped-call]
+    return out_TO.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]  # outside: its owner may write to it

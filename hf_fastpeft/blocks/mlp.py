@@ -12,6 +12,7 @@ from hf_fastpeft.blocks._function import draw_of, flatten, norm_bwd, norm_fwd, r
 from hf_fastpeft.blocks.adapters import SideCache, Stack
 from hf_fastpeft.blocks.attention import _kind, project_onto
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, make_plan, needs_input, project, project_bwd
+from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.glu import Activation, glu_bwd, glu_fwd
@@ -43,16 +44,19 @@ class _MLP(torch.autograd.Function):
         x_TI, rstd_T1 = norm_fwd(h_TI, norm_weight, layout.norm, plan)
         ctx.draw = draw_of(plan, x_TI)
         z_TF, P_TR = project(x_TI, rebuild(plan, tensors[:first]), plan)
-        hidden_TF = glu_fwd(*z_TF.chunk(2, dim=1), layout.activation, plan.impl)
+        gate_TF, up_TF = z_TF.chunk(2, dim=1)
+        hidden_TF = room_for(gate_TF.shape, down_plan.border, z_TF.dtype, z_TF.device)
+        glu_fwd(gate_TF, up_TF, layout.activation, plan.impl, hidden_TF[:, : gate_TF.shape[1]])
         ctx.down_draw = draw_of(down_plan, hidden_TF)
         out_TI, P_down_TR = project_onto(
             hidden_TF, h if layout.residual else None, rebuild(down_plan, tensors[first:]), down_plan
         )
         ctx.layout, ctx.plans, ctx.first, ctx.h_shape, ctx.h_dtype = layout, (plan, down_plan), first, h.shape, h.dtype
+        kept_TI: torch.Tensor | None = h_TI
         if layout.norm is None:
-            h_TI = x_TI if needs_input(ctx.needs_input_grad[FIRST : FIRST + first]) else None
-        ctx.save_for_backward(h_TI, norm_weight, rstd_T1, z_TF, P_TR, P_down_TR, *tensors)
-        return out_TI.view(*h.shape[:-1], -1)
+            kept_TI = x_TI if needs_input(ctx.needs_input_grad[FIRST : FIRST + first]) else None
+        ctx.save_for_backward(kept_TI, norm_weight, rstd_T1, z_TF, P_TR, P_down_TR, *tensors)
+        return out_TI
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -66,13 +70,14 @@ class _MLP(torch.autograd.Function):
             d_out_TI, P_down_TR, down, down_plan, down_needs, need_dx=True, draw=ctx.down_draw
         )
         assert d_hidden_TF is not None
-        hidden_TF = torch.empty_like(d_hidden_TF) if needs_input(down_needs) else None
-        d_z_TF = torch.empty_like(z_TF)
-        glu_bwd(
-            d_hidden_TF, *z_TF.chunk(2, dim=1), *d_z_TF.chunk(2, dim=1), layout.activation, plan.impl, out=hidden_TF
-        )
+        gate_TF, up_TF = z_TF.chunk(2, dim=1)
+        with_hidden = needs_input(down_needs, has_P=P_down_TR is not None)
+        hidden_TF = torch.empty_like(d_hidden_TF) if with_hidden else None
+        d_z_TF = room_for(z_TF.shape, plan.border, z_TF.dtype, z_TF.device)
+        d_gate_TF, d_up_TF = d_z_TF[:, : z_TF.shape[1]].chunk(2, dim=1)
+        glu_bwd(d_hidden_TF, gate_TF, up_TF, d_gate_TF, d_up_TF, layout.activation, plan.impl, out=hidden_TF)
         add_weight_grads(down_grads, d_out_TI, hidden_TF, U_TR, down, down_plan, down_needs, ctx.down_draw)
-        del d_hidden_TF, hidden_TF  # two of the largest tensors of a layer
+        del d_hidden_TF, hidden_TF, U_TR  # two of the largest tensors of a layer, and what may be a view of the first
         need_dx = any(ctx.needs_input_grad[:2])
         d_x_TI, U_TR, grads = project_bwd(d_z_TF, P_TR, stack, plan, needs, need_dx=need_dx, draw=ctx.draw)
         d_h_TI, d_norm, x_TI = d_x_TI, None, h_TI
@@ -119,12 +124,14 @@ def mlp(
         adapters: where the linears' adapters are laid out already, if anywhere.
 
     Returns:
-        Tensor of the shape of ``h`` (of down's out_features in the last dimension), in ``dtype``, promoted with that of
-        ``h`` where it is added.
+        Tensor of the shape of ``h`` (of down's out_features in the last dimension), in ``dtype``, promoted with that
+        of ``h`` where it is added.
     """
     assert norm is not None or not residual
     layout = _Layout(activation, _kind(norm), residual)
-    plans = make_plan(stack, dtype, impl, h, adapters), make_plan([down], dtype, impl, h, adapters)
-    return _MLP.apply(  # type: ignore[no-any-return,no-untyped-call]
-        h, None if norm is None else norm.weight, layout, *plans, *flatten(stack), *flatten([down])
+    plan = make_plan(stack, dtype, impl, h, adapters, room="both")
+    down_plan = make_plan([down], dtype, impl, h, adapters, room="input")
+    out_TI = _MLP.apply(  # type: ignore[no-untyped-call]
+        h, None if norm is None else norm.weight, layout, plan, down_plan, *flatten(stack), *flatten([down])
     )
+    return out_TI.view(*h.shape[:-1], -1)  # type: ignore[no-any-return]  # outside: its owner may write to it

@@ -8,22 +8,28 @@ For each linear i of the stack, with P = drop_i(x) (g_i A_i)ᵀ and the results 
     G_i = U_iᵀ drop_i(x);  dA_i = g_i G_i;  dg_i = rowsum(A_i * G_i);  dW_i = dz_iᵀ x;  db_i = sum_t dz_i
 
 The gate is folded into A, where it costs one small product a forward, so a gated adapter runs the same products over
-the tokens as a plain one. Base products run in one dtype, low-rank products in another where PEFT would run them wider:
-a float32 adapter on a half-precision base without autocast. x is read once for all low-rank products, and nothing of
-the size of a weight is formed for an adapter's gradient.
+the tokens as a plain one. Base products run in one dtype, low-rank products in another where PEFT would run them
+wider: a float32 adapter on a half-precision base without autocast. x is read once for all low-rank products, and
+nothing of the size of a weight is formed for an adapter's gradient.
+
+Where a stack lies in a border (:mod:`hf_fastpeft.border`), one product reads W and B in the forward and W and A in the
+backward. Its rows then have room for P and U behind them: x is ``(T, I + R)``, dz is ``(T, O + R)``. Rows without room
+are right too, and take more products.
 
 Shape legend: T = tokens, I = in_features, O = out_features of the whole stack, R = its ranks.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from hf_fastpeft.blocks.adapters import Side, SideCache, Stack, make_side, slices
+from hf_fastpeft.blocks.adapters import Side, SideCache, Stack, make_bias, make_side, slices
+from hf_fastpeft.border import Border
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 from hf_fastpeft.ops._backend import Impl, use_triton
 from hf_fastpeft.ops.mm_wide import mm_wide
+from hf_fastpeft.stacking import adjacent
 
 __all__ = ["Draw", "Needs", "Plan", "add_weight_grads", "make_plan", "needs_input", "project", "project_bwd"]
 
@@ -44,7 +50,9 @@ class Plan(NamedTuple):
         factors: (scaling, gate_scale, dropout) of each linear.
         side: the adapters, None without any.
         weight: all weights as one ``(O, I)`` view where they lie one behind the other in memory.
-        bias: all that is added to each row, ``(O,)`` in ``dtype``; None without.
+        bias: all that is added to each row, ``(O,)`` in ``dtype``, with zeros behind where P is; None without.
+        border: what weights and adapters lie in together, if anything.
+        wide: with a border: P may stand behind the results.
     """
 
     dtype: torch.dtype
@@ -55,6 +63,8 @@ class Plan(NamedTuple):
     side: Side | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    border: Border | None = None
+    wide: bool = False
 
     @property
     def dropped(self) -> bool:
@@ -62,18 +72,38 @@ class Plan(NamedTuple):
         return self.side is not None and any(p > 0 for _, _, p in self.factors)
 
 
-def make_plan(stack: Stack, dtype: torch.dtype, impl: Impl, x: torch.Tensor, adapters: SideCache | None) -> Plan:
-    """The plan of a call on ``x``; the adapters come laid out from the cache where there is one."""
+def make_plan(
+    stack: Stack,
+    dtype: torch.dtype,
+    impl: Impl,
+    x: torch.Tensor,
+    adapters: SideCache | None,
+    room: Literal["none", "input", "both"] = "none",
+) -> Plan:
+    """The plan of a call on ``x``; the adapters come laid out from the cache where there is one.
+
+    ``room`` says which of the products' rows the block can give a tail, the input's or the results' too: the border's
+    condition.
+    """
     side_dtype = _side_dtype(stack, dtype)
+    weights = [low.weight for low in stack]
+    border = None if adapters is None or room == "none" else adapters.border(stack, dtype, side_dtype)
+    wide = border is not None and room == "both"
+    weight = adjacent(weights) if border is None else border.weight_OI
+    if weight is None and adapters is not None and adapters.placement is not None:
+        weight = adjacent(weights) if adapters.placement.restack(weights) else None
+    zeros = border.R if border is not None and wide else 0
     return Plan(
         dtype,
         side_dtype,
         impl,
         use_triton(impl, x),
         tuple((low.scaling, low.gate_scale, low.dropout) for low in stack),
-        make_side(stack, side_dtype) if adapters is None else adapters.side(stack, side_dtype),
-        _adjacent([low.weight for low in stack]),
-        _biases(stack, dtype),
+        make_side(stack, side_dtype) if adapters is None else adapters.side(stack, side_dtype, border),
+        weight,
+        make_bias(stack, dtype, zeros) if adapters is None else adapters.bias(stack, dtype, zeros),
+        border,
+        wide,
     )
 
 
@@ -85,33 +115,6 @@ def _side_dtype(stack: Stack, dtype: torch.dtype) -> torch.dtype:
         if low.A is not None:
             dtype = torch.promote_types(dtype, low.A.dtype)
     return dtype
-
-
-def _adjacent(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One view over weights that lie behind each other in one storage, as :mod:`hf_fastpeft.stacking` puts them."""
-    first = weights[0]
-    if len(weights) == 1:
-        return first
-    storage, end = first.untyped_storage()._cdata, first.storage_offset()
-    for weight in weights:
-        behind = weight.untyped_storage()._cdata == storage and weight.storage_offset() == end
-        if not behind or not weight.is_contiguous() or weight.dtype != first.dtype:
-            return None
-        end += weight.numel()
-    rows = sum(weight.shape[0] for weight in weights)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-
-
-def _biases(stack: Stack, dtype: torch.dtype) -> torch.Tensor | None:
-    if all(low.bias is None and low.lora_bias is None for low in stack):
-        return None
-    parts = []
-    for low in stack:
-        bias = low.weight.new_zeros(low.weight.shape[0], dtype=dtype) if low.bias is None else low.bias.detach()
-        if low.lora_bias is not None:
-            bias = torch.add(bias, low.lora_bias.detach(), alpha=low.scaling)
-        parts.append(bias.to(dtype))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Draw:
@@ -147,9 +150,19 @@ def project(
     """All ``z_i`` side by side, fresh ``(T, O)`` in ``plan.dtype``, and ``P`` ``(T, R)`` in ``plan.side_dtype``.
 
     ``P`` is None without adapters. ``residual`` ``(T, O)`` in ``plan.dtype`` is added in the products' epilogue.
+
+    With a border ``x`` may have room for it: its tail is written to. Then P stands behind ``z`` in one tensor where
+    ``plan.wide``, and is None otherwise: to be multiplied again by :func:`add_weight_grads`, as kept it would keep all
+    of ``x``.
     """
+    side, border = plan.side, plan.border
+    if border is not None and x_TI.shape[1] > border.in_features:
+        torch.mm(x_TI[:, : border.in_features], border.A_RI.t(), out=x_TI[:, border.in_features :])
+        if not plan.wide:
+            return _base(x_TI, stack, plan._replace(weight=border.upper), residual), None
+        z_TO = _base(x_TI, stack, plan._replace(weight=border.memory), residual)
+        return z_TO[:, : border.out_features], _tail(z_TO, plan)
     z_TO = _base(x_TI, stack, plan, residual)
-    side = plan.side
     if side is None:
         return z_TO, None
     x_side_TI = x_TI.to(plan.side_dtype)
@@ -166,13 +179,20 @@ def project(
     return z_TO, P_TR
 
 
+def _tail(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """What stands behind ``(T, O)``: P behind z, U behind dz; without the columns that round up the ranks."""
+    assert plan.border is not None and plan.side is not None
+    return rows[:, plan.border.out_features : plan.border.out_features + plan.side.A_RI.shape[0]]
+
+
 def _base(x_TI: torch.Tensor, stack: Stack, plan: Plan, residual: torch.Tensor | None) -> torch.Tensor:
     if plan.weight is not None:
         weight_IO = plan.weight.to(plan.dtype).t()
+        bias_O = None if plan.bias is None else plan.bias[: weight_IO.shape[1]]
         if residual is not None:
             z_TO = torch.addmm(residual, x_TI, weight_IO)
-            return z_TO if plan.bias is None else z_TO.add_(plan.bias)
-        return x_TI @ weight_IO if plan.bias is None else torch.addmm(plan.bias, x_TI, weight_IO)
+            return z_TO if bias_O is None else z_TO.add_(bias_O)
+        return x_TI @ weight_IO if bias_O is None else torch.addmm(bias_O, x_TI, weight_IO)
     z_TO = x_TI.new_empty(x_TI.shape[0], sum(low.weight.shape[0] for low in stack))
     for low, (rows, _) in zip(stack, slices(stack), strict=True):
         torch.mm(x_TI, low.weight.to(plan.dtype).t(), out=z_TO[:, rows])
@@ -184,9 +204,9 @@ def _base(x_TI: torch.Tensor, stack: Stack, plan: Plan, residual: torch.Tensor |
 
 def _blocks(stack: Stack, plan: Plan, side: Side) -> list[tuple[slice, slice]]:
     """The blocks of ``B`` that are multiplied with at a time: all at once, zeros and all, or each on its own."""
-    O, R = side.B_OR.shape
+    rows, R = side.B_OR.shape
     if plan.lean and R <= WIDEST_BLOCK_DIAGONAL:
-        return [(slice(0, O), slice(0, R))]
+        return [(slice(0, rows), slice(0, R))]
     return [(rows, ranks) for rows, ranks in slices(stack) if ranks.start < ranks.stop]
 
 
@@ -201,9 +221,9 @@ def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sca
         out.copy_(out.to(left.dtype).addmm_(left, right, alpha=scale))
 
 
-def needs_input(needs: Needs) -> bool:
-    """Whether a gradient of the stack (of a weight, an A or a gate) reads ``x``."""
-    return any(any(needs[i::TENSORS_PER_LINEAR]) for i in (0, 2, 4))
+def needs_input(needs: Needs, *, has_P: bool = True) -> bool:
+    """Whether a gradient of the stack reads ``x``: of a weight, an A or a gate; of a B where P was not kept."""
+    return any(any(needs[i::TENSORS_PER_LINEAR]) for i in ((0, 2, 4) if has_P else (0, 2, 3, 4)))
 
 
 def project_bwd(
@@ -219,7 +239,8 @@ def project_bwd(
     """First half of the gradient of :func:`project`: all that does not read ``x``.
 
     Args:
-        d_z_TO: gradient of the results in ``plan.dtype``; not written to.
+        d_z_TO: gradient of the results in ``plan.dtype``; not written to but for the tail that it may have with a
+            border.
         P_TR: as returned by :func:`project`.
         stack: the linears.
         plan: of the forward.
@@ -228,12 +249,16 @@ def project_bwd(
         draw: the forward's dropout, where it had any.
 
     Returns:
-        ``d_x`` (fresh, compute dtype), ``U`` for :func:`add_weight_grads`, and one gradient a tensor of the stack,
-        each in its tensor's dtype; those of weights, A and gates are still None.
+        ``d_x`` (fresh, compute dtype, rows apart where ``d_z`` has no room for the border), ``U`` for
+        :func:`add_weight_grads`, and one gradient a tensor of the stack, each in its tensor's dtype; those of weights,
+        A and gates are still None, and those of B where ``P_TR`` is.
     """
     grads: Grads = [None] * (len(stack) * TENSORS_PER_LINEAR)
     where = slices(stack)
-    d_x_TI = _base_bwd(d_z_TO, stack, plan) if need_dx else None
+    if plan.border is None or plan.border.side is not plan.side:
+        d_x_TI, U_TR = _apart_bwd(d_z_TO, stack, _apart(plan, stack), draw, need_dx=need_dx)
+    else:
+        d_x_TI, U_TR = _bordered_bwd(d_z_TO, plan, plan.border, need_dx=need_dx)
     for i, (low, (rows, _)) in enumerate(zip(stack, where, strict=True)):
         at = i * TENSORS_PER_LINEAR
         if needs[at + 1] or needs[at + 5]:
@@ -242,24 +267,62 @@ def project_bwd(
                 grads[at + 1] = total_O.to(low.bias.dtype)
             if needs[at + 5] and low.lora_bias is not None:
                 grads[at + 5] = (total_O * low.scaling).to(low.lora_bias.dtype)
+    if P_TR is not None:
+        _add_B_grads(grads, d_z_TO.to(plan.side_dtype), P_TR, stack, needs)
+    return d_x_TI, U_TR, grads
+
+
+def _apart(plan: Plan, stack: Stack) -> Plan:
+    """``plan`` without a border; with its adapters laid out again where others have been put into it since."""
+    if plan.border is None:
+        return plan
+    side = plan.side if plan.border.side is plan.side else make_side(stack, plan.side_dtype)
+    return plan._replace(border=None, side=side)
+
+
+def _bordered_bwd(
+    d_z_TO: torch.Tensor, plan: Plan, border: Border, *, need_dx: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """``(d_x, U)``: one product reads W and A, or, where ``d_z`` has no room for U, W and B."""
+    end = border.out_features
+    if d_z_TO.shape[1] > end:
+        torch.mm(d_z_TO[:, :end], border.B_OR, out=d_z_TO[:, end:])
+        return d_z_TO @ border.left if need_dx else None, _tail(d_z_TO, plan)
+    assert plan.side is not None
+    R = plan.side.A_RI.shape[0]
+    if not need_dx:
+        return None, d_z_TO @ border.B_OR[:, :R]
+    base_TI, U_TR = (d_z_TO @ border.upper).tensor_split([border.in_features], dim=1)
+    return base_TI.addmm_(U_TR, border.A_RI), U_TR[:, :R]
+
+
+def _apart_bwd(
+    d_z_TO: torch.Tensor, stack: Stack, plan: Plan, draw: Draw | None, *, need_dx: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``(d_x, U)`` from products with the weights and with the adapters."""
     side = plan.side
-    if side is None or P_TR is None:
-        return d_x_TI, None, grads
+    d_z_TO = d_z_TO[:, : sum(low.weight.shape[0] for low in stack)]
+    d_x_TI = _base_bwd(d_z_TO, stack, plan) if need_dx else None
+    if side is None:
+        return d_x_TI, None
     d_side_TO = d_z_TO.to(plan.side_dtype)
-    U_TR = torch.empty_like(P_TR)
+    U_TR = d_side_TO.new_empty(d_side_TO.shape[0], side.A_RI.shape[0])
     for rows, ranks in _blocks(stack, plan, side):
         # beta=0 ignores what the fresh buffer holds, NaN included
         U_TR[:, ranks].addmm_(d_side_TO[:, rows], side.B_OR[rows, ranks], beta=0, alpha=side.alpha)
-    for i, (low, (rows, ranks)) in enumerate(zip(stack, where, strict=True)):
-        at = i * TENSORS_PER_LINEAR + 3
-        if needs[at] and low.B is not None:
-            grads[at] = mm_wide(d_side_TO[:, rows].t(), P_TR[:, ranks], low.scaling).to(low.B.dtype)
     if d_x_TI is not None:
         if draw is None:
             _add_product(d_x_TI, U_TR, side.A_RI)
         else:
             _add_dropped(d_x_TI, U_TR, stack, plan, side, draw)
-    return d_x_TI, U_TR, grads
+    return d_x_TI, U_TR
+
+
+def _add_B_grads(grads: Grads, d_side_TO: torch.Tensor, P_TR: torch.Tensor, stack: Stack, needs: Needs) -> None:
+    for i, (low, (rows, ranks)) in enumerate(zip(stack, slices(stack), strict=True)):
+        at = i * TENSORS_PER_LINEAR + 3
+        if needs[at] and low.B is not None:
+            grads[at] = mm_wide(d_side_TO[:, rows].t(), P_TR[:, ranks], low.scaling).to(low.B.dtype)
 
 
 def _base_bwd(d_z_TO: torch.Tensor, stack: Stack, plan: Plan) -> torch.Tensor:
@@ -292,25 +355,27 @@ def add_weight_grads(
     needs: Needs,
     draw: Draw | None = None,
 ) -> None:
-    """Second half: fill in the gradients that read ``x`` (the weights', the A's and the gates').
+    """Second half: fill in the gradients that read ``x`` (the weights', the A's and the gates'; the B's without P).
 
     ``x_TI`` may be None where :func:`needs_input` is False; it must be in the compute dtype.
     """
-    if not needs_input(needs):
+    without_P = any(needs[i] and grads[i] is None for i in range(3, len(needs), TENSORS_PER_LINEAR))
+    if not needs_input(needs, has_P=not without_P):
         return
     assert x_TI is not None
     where = slices(stack)
     for i, (low, (rows, _)) in enumerate(zip(stack, where, strict=True)):
         if needs[i * TENSORS_PER_LINEAR]:
             grads[i * TENSORS_PER_LINEAR] = mm_wide(d_z_TO[:, rows].t(), x_TI).to(low.weight.dtype)
-    side = plan.side
-    if side is None or U_TR is None or not (any(needs[2::TENSORS_PER_LINEAR]) or any(needs[4::TENSORS_PER_LINEAR])):
+    side = _apart(plan, stack).side
+    if side is None or U_TR is None:
         return
     x_side_TI = x_TI.to(plan.side_dtype)
-    if draw is None:
-        G_RI = mm_wide(U_TR.t(), x_side_TI)
-    else:
-        G_RI = _dropped_products(x_side_TI, U_TR, stack, plan, draw)
+    if without_P:
+        _add_B_grads(grads, d_z_TO.to(plan.side_dtype), x_side_TI @ side.A_RI.t(), stack, needs)
+    if not (any(needs[2::TENSORS_PER_LINEAR]) or any(needs[4::TENSORS_PER_LINEAR])):
+        return
+    G_RI = mm_wide(U_TR.t(), x_side_TI) if draw is None else _dropped_products(x_side_TI, U_TR, stack, plan, draw)
     d_A_RI = G_RI if side.gate_R is None else G_RI * side.gate_R.unsqueeze(1)
     for i, (low, (_, ranks)) in enumerate(zip(stack, where, strict=True)):
         at = i * TENSORS_PER_LINEAR

@@ -23,10 +23,19 @@ class FastPeftCallback(TrainerCallback):
         patched: what was done, once it was; None before, and where the script had patched the model itself.
     """
 
-    def __init__(self, *, impl: Impl = "auto", only: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        impl: Impl = "auto",
+        only: Collection[str] | None = None,
+        bordered: bool = False,
+        routing: bool = True,
+    ) -> None:
         """Takes the options of :func:`hf_fastpeft.patch_model`."""
+        self.bordered = bordered
         self.impl = impl
         self.only = only
+        self.routing = routing
         self.patched: Patched | None = None
 
     def on_init_end(
@@ -35,4 +44,6 @@ class FastPeftCallback(TrainerCallback):
         """Patch ``kwargs["model"]``."""
         model = kwargs["model"]
         if not any(isinstance(module, FastModule) for module in model.modules()):
-            self.patched = patch_model(model, impl=self.impl, only=self.only)
+            self.patched = patch_model(
+                model, impl=self.impl, only=self.only, bordered=self.bordered, routing=self.routing
+            )

@@ -63,8 +63,9 @@ if triton is not None:
 
     @triton.jit
     def _rms_norm_fwd_kernel(
-        x, weight, out, rstd, n_rows, D, eps, UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-    ):
+        x, weight, out, rstd, out_row, n_rows, D, eps,
+        UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         cols = tl.arange(0, BLOCK)
         mask = (rows < n_rows)[:, None] & (cols < D)[None, :]
@@ -73,7 +74,7 @@ if triton is not None:
         x_f32 = x_raw.to(tl.float32)
         r = tl.rsqrt(tl.sum(x_f32 * x_f32, axis=1) / D + tl.cast(eps, tl.float32))
         w = _load_weight(weight, cols, D, UNIT_OFFSET)
-        tl.store(out + offs, _weighted(x_raw, r, w, UNIT_OFFSET), mask=mask)
+        tl.store(out + rows[:, None] * out_row + cols[None, :], _weighted(x_raw, r, w, UNIT_OFFSET), mask=mask)
         tl.store(rstd + rows, r, mask=rows < n_rows)
 
     @triton.jit
@@ -122,20 +123,41 @@ def _fwd_results(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     N, D = x.shape
     out_ND = torch.empty(N, D, dtype=_out_dtype(x, weight, unit_offset), device=x.device)
-    return out_ND, torch.empty(N, 1, dtype=torch.float32, device=x.device)
+    return out_ND, _rstd(x)
+
+
+def _rstd(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
 
 
 @launch_op("rms_norm_fwd(Tensor x, Tensor weight, float eps, bool unit_offset) -> (Tensor, Tensor)", _fwd_results)
 def _launch_fwd(
     x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    N, D = x.shape
     out_ND, rstd_N1 = _fwd_results(x, weight, eps, unit_offset)
+    _fwd(x, weight, out_ND, rstd_N1, eps, unit_offset)
+    return out_ND, rstd_N1
+
+
+@launch_op("rms_norm_into(Tensor x, Tensor weight, Tensor(a!) out, float eps, bool unit_offset) -> Tensor", _rstd)
+def _launch_fwd_into(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, unit_offset: bool
+) -> torch.Tensor:
+    rstd_N1 = _rstd(x)
+    _fwd(x, weight, out, rstd_N1, eps, unit_offset)
+    return rstd_N1
+
+
+def _fwd(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, rstd: torch.Tensor, eps: float, unit_offset: bool
+) -> None:
+    N, D = x.shape
     if N:
         grid, meta = _launch(D, N)
         with on_device(x):
-            _rms_norm_fwd_kernel[grid](x, weight, out_ND, rstd_N1, N, D, eps, UNIT_OFFSET=unit_offset, **meta)
-    return out_ND, rstd_N1
+            _rms_norm_fwd_kernel[grid](
+                x, weight, out, rstd, out.stride(0), N, D, eps, UNIT_OFFSET=unit_offset, **meta
+            )  # fmt: skip
 
 
 @launch_op(
@@ -183,16 +205,28 @@ def _weighted_torch(
 
 
 def rms_norm_fwd(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, impl: Impl, *, unit_offset: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    impl: Impl,
+    *,
+    unit_offset: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(out, rstd)`` without autograd; ``x`` contiguous ``(N, D)``, ``rstd`` float32 (float64 for it) ``(N, 1)``."""
+    """``(out, rstd)`` without autograd; ``x`` contiguous ``(N, D)``, ``rstd`` float32 (float64 for it) ``(N, 1)``.
+
+    ``out`` is filled and returned where it is given: of the result's dtype, unit inner stride, any row stride.
+    """
     N, D = x.shape
     if not _fits(impl, x):
         x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # the norm reads x once and needs no squared copy of it
         rstd_N1 = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
-        out_ND = torch.empty(N, D, dtype=_out_dtype(x, weight, unit_offset), device=x.device)
-        return _weighted_torch(x_wide, rstd_N1, weight, x.dtype, unit_offset, out_ND), rstd_N1
+        if out is None:
+            out = torch.empty(N, D, dtype=_out_dtype(x, weight, unit_offset), device=x.device)
+        return _weighted_torch(x_wide, rstd_N1, weight, x.dtype, unit_offset, out), rstd_N1
+    if out is not None:
+        return out, _launch_fwd_into(x, weight, out, eps, unit_offset)
     return _launch_fwd(x, weight, eps, unit_offset)  # type: ignore[no-any-return]
 
 
@@ -255,21 +289,20 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool, impl: Impl) -> torch.Tensor:
-        x_ND = x.reshape(-1, x.shape[-1]).contiguous()
+        x_ND = x.contiguous()
         out_ND, rstd_N1 = rms_norm_fwd(x_ND, weight, eps, impl, unit_offset=unit_offset)
         ctx.unit_offset, ctx.impl = unit_offset, impl
         ctx.save_for_backward(x_ND, weight, rstd_N1)
-        return out_ND.view(x.shape)
+        return out_ND
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         x_ND, weight, rstd_N1 = ctx.saved_tensors
-        d_out_ND = d_out.reshape(x_ND.shape).contiguous()
         d_x_ND, d_weight_D = rms_norm_bwd(
-            d_out_ND, x_ND, weight, rstd_N1, ctx.impl, with_dw=ctx.needs_input_grad[1], unit_offset=ctx.unit_offset
+            d_out.contiguous(), x_ND, weight, rstd_N1, ctx.impl, with_dw=ctx.needs_input_grad[1], unit_offset=ctx.unit_offset
         )
-        return d_x_ND.view(d_out.shape), d_weight_D, None, None, None
+        return d_x_ND, d_weight_D, None, None, None
 
 
 def rms_norm(
@@ -300,4 +333,6 @@ def rms_norm(
             f"rms_norm: x {tuple(x.shape)} {x.device}, weight {tuple(weight.shape)} {weight.device}; "
             f"weight must be one vector of x's last dimension on its device"
         )
-    return _RMSNorm.apply(x, weight, eps, unit_offset, impl)  # type: ignore[no-any-return,no-untyped-call]
+    # a view made outside the Function may be written to by its owner
+    out_ND = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, unit_offset, impl)  # type: ignore[no-untyped-call]
+    return out_ND.view(x.shape)  # type: ignore[no-any-return]

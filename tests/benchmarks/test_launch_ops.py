@@ -38,6 +38,7 @@ def statistics():
 
 CASES = {
     "rms_norm_fwd": lambda: (rand(3, 8), rand(8), 1e-6, True),
+    "rms_norm_into": lambda: (rand(3, 8), rand(8), rand(3, 12)[:, :8], 1e-6, False),
     "rms_norm_bwd": lambda: (*rows(2), rand(8), rand(3, 1), *rows(1), rand(1, 8), *rows(1), False),
     "glu_fwd": lambda: (*rows(3), "gelu"),
     "glu_bwd": lambda: (*rows(6), "gelu_tanh"),
@@ -80,6 +81,7 @@ def test_raw_operators_trace_without_memory(impl, monkeypatch):
         x = torch.empty(1 << 20, 4096, dtype=torch.bfloat16)
         weight = torch.empty(4096, dtype=torch.bfloat16)
         out, rstd = rms_norm_fwd(x, weight, 1e-6, impl)
+        assert rms_norm_fwd(x, weight, 1e-6, impl, out=torch.empty(1 << 20, 4160)[:, :4096])[1].shape == rstd.shape
         d_x, d_weight = rms_norm_bwd(out, x, weight, rstd, impl, with_dw=True, d_residual=x, out=torch.empty_like(out))
         assert (d_x.shape, d_weight.shape, out.dtype) == (x.shape, weight.shape, torch.bfloat16)
         assert mm_wide(x.t(), x).shape == (4096, 4096)

@@ -96,6 +96,20 @@ def test_float64_backward_is_autograds(unit_offset):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_of_a_wider_buffer_take_the_same_bits(impl, dtype, unit_offset):
+    x, weight, _ = inputs((7, 20), dtype, dtype, 0)
+    want, rstd = rms_norm_fwd(x, weight, EPS, impl, unit_offset=unit_offset)
+    buffer = torch.full((7, 32), 5.0, device=DEVICE, dtype=dtype)
+    got, again = rms_norm_fwd(x, weight, EPS, impl, unit_offset=unit_offset, out=buffer[:, :20])
+    assert torch.equal(got, want)
+    assert torch.equal(buffer[:, :20], want)
+    assert torch.equal(again, rstd)
+    assert (buffer[:, 20:] == 5).all()
+
+
 def test_reference_is_llamas():
     stock = LlamaRMSNorm(64, eps=EPS).to(torch.bfloat16)
     x, weight, _ = inputs((5, 64), torch.bfloat16, torch.bfloat16, 0)

@@ -9,7 +9,7 @@ CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constrai
 # gpu-check needs no installation: it runs from a checkout with the Python that has torch. OUT=folder for its results.
 OUT ?= outputs/gpu-check
 
-.PHONY: quickstart test test-slow lint types format bench gpu-check clean
+.PHONY: quickstart test test-slow matrix fixtures lint types format bench gpu-check clean
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,14 @@ test: lint types
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# every adapter method through every one of PEFT's contracts, as a table
+matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/tuners/test_matrix.py --matrix -q
+
+# adapters as the present version saves them, for later versions to read; leaves those that are there
+fixtures: $(VENV)/.installed-dev
+	$(BIN)/python tests/saved_adapters.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.nlu import table as nlu_table
 from benchmarks.step import table as step_table
 
 __all__ = ["build", "load", "main", "pictures"]
@@ -126,7 +127,19 @@ def rates(results: Results) -> str:
     return "\n".join(parts)
 
 
-SECTIONS: tuple[Callable[[Results], str], ...] = (budgets, steps, article, operators, rates)
+def methods(results: Results) -> str:
+    """Fine-tuning methods on intent classification; what a run that was cut off has finished."""
+    parts = []
+    for name, content in _of_kind(results, "nlu").items():
+        cut = "" if content["complete"] else " (cut off: what finished)"
+        parts.append(
+            f"### Methods on intent classification: {name}{cut}\n\n`{content['command']}`\n\n{_where(content)}"
+        )
+        parts.append(nlu_table(content))
+    return "\n".join(parts)
+
+
+SECTIONS: tuple[Callable[[Results], str], ...] = (budgets, steps, article, operators, rates, methods)
 
 
 def build(results: Results, images: list[str]) -> str:

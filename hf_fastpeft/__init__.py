@@ -12,11 +12,15 @@ from hf_fastpeft._version import __version__
 _tuners.register()
 
 _EXPORTS = {
+    "AdaLoraCallback": "hf_fastpeft.callbacks.adalora",
+    "AdaptiveLoraConfig": "hf_fastpeft.tuners.adalora",
+    "BottleneckAdapterConfig": "hf_fastpeft.tuners.bottleneck",
     "FastPeftCallback": "hf_fastpeft.callbacks.fastpeft",
     "Patched": "hf_fastpeft.patching",
     "RunConfig": "hf_fastpeft.config",
     "SoraCallback": "hf_fastpeft.callbacks.sora",
     "SoraConfig": "hf_fastpeft.tuners.sora",
+    "allocate_ranks": "hf_fastpeft.allocation",
     "export_to_lora": "hf_fastpeft.export",
     "load_adapter": "hf_fastpeft.loading",
     "patch_model": "hf_fastpeft.patching",
@@ -26,12 +30,16 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "AdaLoraCallback",
+    "AdaptiveLoraConfig",
+    "BottleneckAdapterConfig",
     "FastPeftCallback",
     "Patched",
     "RunConfig",
     "SoraCallback",
     "SoraConfig",
     "__version__",
+    "allocate_ranks",
     "export_to_lora",
     "load_adapter",
     "patch_model",

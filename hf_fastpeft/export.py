@@ -2,8 +2,9 @@
 
     A' = g[kept] * A[kept]      B' = s * B[:, kept]      alpha = r
 
-Servers read one ``alpha / r`` for every module and know no gate, so ``s`` goes into B and the gate into A; then
-``alpha / r`` is 1 at every rank. Shapes: A (r, in), B (out, r), g (r,); s a number.
+The gate ``g`` is SoRA's, adaptive LoRA's or the E of PEFT's AdaLoRA. Servers read one ``alpha / r`` for every module
+and know no gate, so ``s`` goes into B and the gate into A; then ``alpha / r`` is 1 at every rank. Shapes: A (r, in),
+B (out, r), g (r,); s a number.
 """
 
 import re
@@ -18,13 +19,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_fastpeft.errors import AdapterError, RunExistsError
-from hf_fastpeft.tuners.sora.layer import GatedLinear, full_tensor
+from hf_fastpeft.tuners._gated import GatedLinear, full_tensor
 
 __all__ = ["export_to_lora"]
 
 _PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md")
-_METHODS = ("LORA", "SORA")
+_METHODS = ("LORA", "ADALORA", "ADAPTIVE_LORA", "SORA")
+_ADALORA_KINDS = ("SVDLinear", "SVDLinear4bit", "SVDLinear8bitLt", "SVDQuantLinear")  # linear; not SVDConv2d
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CARD = """---
 library_name: peft
@@ -51,7 +53,8 @@ def export_to_lora(
     gets rank 1 of zeros. Modules listed in ``modules_to_save`` go along unchanged. The model is not changed.
 
     Args:
-        model: ``PeftModel``, or a transformers model after ``add_adapter``, with a LoRA, rsLoRA or SoRA adapter.
+        model: ``PeftModel``, or a transformers model after ``add_adapter``, with a LoRA, rsLoRA, AdaLoRA, SoRA or
+            adaptive LoRA adapter.
         path: folder to write; made if missing.
         adapter_name: the adapter to write.
         dtype: of the written factors; float32 keeps the export exact to rounding.
@@ -128,6 +131,9 @@ def _read_factors(model: nn.Module, adapter_name: str) -> Factors:
         owned = {n for n in layer.adapter_layer_names if adapter_name in (getattr(layer, n, None) or {})}
         if not owned:
             continue
+        if type(layer).__name__ in _ADALORA_KINDS and isinstance(layer, AdaLoraLayer):
+            factors[name] = _fold_adalora(layer, adapter_name)
+            continue
         a = layer.lora_A[adapter_name] if "lora_A" in owned else None
         plain = owned == {"lora_A", "lora_B"} and adapter_name not in layer.lora_variant
         if not plain or not isinstance(a, nn.Linear) or isinstance(layer, (lora.ParamWrapper, AdaLoraLayer)):
@@ -136,8 +142,8 @@ def _read_factors(model: nn.Module, adapter_name: str) -> Factors:
         factors[name] = _fold(a, layer.lora_B[adapter_name], layer.scaling[adapter_name])
     if refused:
         raise AdapterError(
-            f"export_to_lora: adapter {adapter_name!r}: only linear LoRA and SoRA layers can be written; found "
-            f"{len(refused)} others: {', '.join(refused[:5])}"
+            f"export_to_lora: adapter {adapter_name!r}: only linear LoRA, AdaLoRA and SoRA layers can be written; "
+            f"found {len(refused)} others: {', '.join(refused[:5])}"
         )
     if not factors:
         raise AdapterError(f"export_to_lora: adapter {adapter_name!r} has no layer in the model")
@@ -152,6 +158,19 @@ def _fold(a: nn.Linear, b: nn.Linear, scaling: float) -> tuple[torch.Tensor, tor
     if not isinstance(a, GatedLinear):
         return weight_a, weight_b
     gate = full_tensor(a.gate.weight.detach()).to(weight_a.device, dtype) * a.gate.scale
+    return _cut(weight_a, weight_b, gate)
+
+
+@torch.no_grad()
+def _fold_adalora(layer: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a layer of PEFT's AdaLoRA, which multiplies by ``lora_alpha / (ranknum + 1e-5)``."""
+    weight_a, weight_b, gate = (getattr(layer, n)[adapter_name].detach() for n in ("lora_A", "lora_B", "lora_E"))
+    dtype = torch.promote_types(weight_a.dtype, torch.float32)
+    scaling = layer.scaling[adapter_name] / (layer.ranknum[adapter_name] + 1e-5).to(weight_b.device, dtype)
+    return _cut(weight_a.to(dtype), weight_b.to(dtype) * scaling, gate.flatten().to(dtype))
+
+
+def _cut(weight_a: torch.Tensor, weight_b: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     kept = gate.nonzero().squeeze(1)
     return weight_a[kept] * gate[kept, None], weight_b[:, kept.to(weight_b.device)]
 

@@ -69,8 +69,8 @@ class FastModule(nn.Module):
     kernel_condition = staticmethod(lambda module: False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A family's class carries the stock names and module: transformers and FSDP choose layers by them, PEFT writes
-        them into the adapter's config."""
+        """A family's class carries the stock names and module: transformers and FSDP choose layers by them, PEFT
+        writes them into the adapter's config."""
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
         if stock in cls.__bases__:  # not for classes that FSDP or a parametrization derive from ours
@@ -190,8 +190,10 @@ class FastMLP(FastModule):
         if reason := intercepted(act):
             return reason
         stack = _read_stack(self, self.linears["mlp"])
-        down = stack if isinstance(stack, str) else _read_stack(self, self.linears["mlp_down"])
-        return down if isinstance(down, str) or isinstance(stack, str) else (stack, down)
+        if isinstance(stack, str):
+            return stack
+        down = _read_stack(self, self.linears["mlp_down"])
+        return down if isinstance(down, str) else (stack, down)
 
     def obstacle(self, block: str) -> str | None:
         stacks = self._stacks()

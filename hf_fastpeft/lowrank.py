@@ -2,9 +2,9 @@
 
     y = x Wᵀ + b + s (((drop(x) Aᵀ) * g) Bᵀ + c)
 
-with ``g = gate_scale * gate`` (all ones where a method has no gate) and ``c`` the bias of B (``lora_bias``). LoRA (Hu et
-al. 2021, arXiv 2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) differ in ``s``; SoRA (Ding et al. 2023,
-arXiv 2311.11696) adds the gate.
+with ``g = gate_scale * gate`` (all ones where a method has no gate) and ``c`` the bias of B (``lora_bias``). LoRA (Hu
+et al. 2021, arXiv 2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) differ in ``s``; SoRA (Ding et al.
+2023, arXiv 2311.11696) adds the gate.
 
 A reader returns the record, or the reason, in words for the report, why this module's current state cannot be
 expressed by it; the caller then runs the stock module. Readers hold no state: adapters may be added, merged, disabled,
@@ -53,7 +53,7 @@ class LowRank(NamedTuple):
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The tensors in the order an autograd Function takes them."""
-        return self[:TENSORS_PER_LINEAR]
+        return self.weight, self.bias, self.A, self.B, self.gate, self.lora_bias
 
     @property
     def rank(self) -> int:
@@ -170,7 +170,7 @@ def read_lora_layer(layer: Any, factor_class: type[nn.Module]) -> LowRank | str:
     if not isinstance(scaling, (int, float)):
         return "scaling is a tensor"
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return LowRank(plain.weight, plain.bias, A.weight, B.weight, None, B.bias, float(scaling), 1.0, p)
+    return LowRank(plain.weight, plain.bias, A.weight, B.weight, None, B.bias, float(scaling), 1.0, p)  # type: ignore[arg-type]
 
 
 register_reader(nn.Linear, read_linear)

@@ -1,4 +1,4 @@
-"""Test session set-up: Triton's interpreter where there is no GPU, no network, poisoned empty tensors."""
+"""Test session set-up: Triton's interpreter where there is no GPU, no network, poisoned tensors; ``--matrix``."""
 
 import os
 
@@ -34,3 +34,38 @@ def poison_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+
+
+MATRIX_REPORTS = []  # in the order in which the tests ran
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", action="store_true", help="end with the table of tests/tuners/test_matrix.py")
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or not report.passed:
+        MATRIX_REPORTS.extend((report, *value) for name, value in report.user_properties if name == "matrix")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of methods and checks, from the ``matrix`` property that its tests record."""
+    if not config.getoption("--matrix") or not MATRIX_REPORTS:
+        return
+    cells, notes = {}, {}
+    for report, check, method, reason in MATRIX_REPORTS:
+        variant = report.nodeid.partition("[")[2].removesuffix("]").removeprefix(method).removeprefix("-")
+        row = f"{check.replace('_', ' ')} {variant}".strip()
+        outcome = report.outcome.upper() if not report.passed else "refused" if reason else "ok"
+        cells.setdefault(row, {})[method] = outcome
+        if reason:
+            notes.setdefault(f"refused by {method}: {reason}", []).append(row)
+    methods = list(dict.fromkeys(method for _, _, method, _ in MATRIX_REPORTS))
+    first = max(map(len, cells))
+    write = terminalreporter.line
+    terminalreporter.section("methods and checks")
+    write(" ".join([" " * first, *methods]))
+    for row, found in cells.items():
+        write(" ".join([f"{row:<{first}}", *(f"{found.get(m, '-'):<{len(m)}}" for m in methods)]).rstrip())
+    for note, rows in notes.items():
+        write(f"{note} ({', '.join(rows)})")

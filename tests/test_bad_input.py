@@ -1,4 +1,4 @@
-"""What a fused block must not take, or must take with care: the layer runs stock, with the reason, and is never wrong."""
+"""What a fused block must not take, or take with care: the layer runs stock, with the reason, and is never wrong."""
 
 import pytest
 import torch

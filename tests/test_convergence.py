@@ -1,4 +1,4 @@
-"""200 steps of a small model that learns: the patched run's loss stays within 1e-3 of stock's throughout, in float32."""
+"""200 steps of a small model that learns: the patched run's loss stays within 1e-3 of stock's, in float32."""
 
 import pytest
 import torch

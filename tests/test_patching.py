@@ -640,7 +640,9 @@ def test_errors():
         patch_model(Other())
     with pytest.raises(UnknownFamilyError, match="model_type=None"):
         patch_model(torch.nn.Linear(2, 2))
-    with pytest.raises(NothingToPatchError, match="with linears to fuse; found: LlamaForCausalLM, LlamaModel, LlamaRMSNorm"):
+    with pytest.raises(
+        NothingToPatchError, match="with linears to fuse; found: LlamaForCausalLM, LlamaModel, LlamaRMSNorm"
+    ):
         patch_model(tiny_llama(num_hidden_layers=0))
     with pytest.raises(ValueError, match="impl='cuda'; possible: 'auto', 'triton', 'torch'"):
         patch_model(tiny_llama(), impl="cuda")

@@ -119,7 +119,7 @@ def _fill(sides: list[tuple[Side, Stack]]) -> None:
 
 
 def make_bias(stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:
-    """All that the linears add to each row, ``(O,)`` in ``dtype`` with ``zeros`` behind; None where they add nothing."""
+    """All that the linears add to each row, ``(O,)`` in ``dtype`` with ``zeros`` behind; None if that is nothing."""
     if all(low.bias is None and low.lora_bias is None for low in stack):
         return None
     (first, *others) = stack
@@ -277,8 +277,10 @@ class SideCache:
             _fill([(entry.laid_out, entry.stack) for entry in self._sides.values()])
         if self._biases:
             _fill_biases([(entry.laid_out, entry.stack) for entry in self._biases.values()])
-        for entry in (*self._sides.values(), *self._biases.values()):
-            entry.filled = self.forwards
+        for side in self._sides.values():
+            side.filled = self.forwards
+        for bias in self._biases.values():
+            bias.filled = self.forwards
 
     def _forget(self, border: Border) -> None:
         self._sides = {key: e for key, e in self._sides.items() if key[0] is not border}

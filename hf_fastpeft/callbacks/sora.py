@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from hf_fastpeft.callbacks._decay import DecayExemption
+from hf_fastpeft.callbacks._gates import checkpoint_file, restore_float32, uses_deepspeed
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.sora.layer import GatedLinear, SoraLayer, SoraRuntime
 from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, rank_budget, soft_threshold_
@@ -20,7 +21,6 @@ __all__ = ["STATE_FILE", "SoraCallback"]
 
 STATE_FILE = "sora_state.json"
 _STATE_FORMAT = 1
-_HALF = (torch.float16, torch.bfloat16)
 _MAX_SCHEDULE_SAMPLES = 2000
 
 
@@ -77,7 +77,7 @@ class SoraCallback(TrainerCallback):
         # TRL has by now cast what trains to bfloat16; the optimizer is created later and sees float32 gates.
         self._saw_init = True
         for adapter in _active_adapters(model) if model is not None else []:
-            _restore_float32(adapter, optimizer=None)
+            restore_float32(adapter.gates, optimizer=None)
 
     def on_train_begin(
         self,
@@ -102,7 +102,7 @@ class SoraCallback(TrainerCallback):
             return
         _refuse_deepspeed(args, optimizer)
         for adapter in self._adapters:
-            _restore_float32(adapter, optimizer)
+            restore_float32(adapter.gates, optimizer)
             _refuse_shards(adapter)
             adapter.window = PruneWindow.of(adapter.runtime.config, state.max_steps)
             group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -171,10 +171,7 @@ class SoraCallback(TrainerCallback):
 
     def _load_state(self, args: Any, state: Any) -> None:
         """History and window of the checkpoint; the gates themselves are in the adapter's own file."""
-        asked = getattr(args, "resume_from_checkpoint", None)
-        folders = [Path(asked)] if isinstance(asked, str) else []
-        folders.append(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        file = next((f / STATE_FILE for f in folders if (f / STATE_FILE).is_file()), None)
+        file = checkpoint_file(args, state, STATE_FILE)
         if file is None:
             return
         try:
@@ -228,7 +225,7 @@ def _active_adapters(model: nn.Module) -> list[_Adapter]:
             gated = dict(layer.lora_A.items()).get(name)
             if not isinstance(gated, GatedLinear) or not gated.gate.weight.requires_grad:
                 continue
-            adapter = found.setdefault(name, _Adapter(name, gated.gate.runtime))
+            adapter = found.setdefault(name, _Adapter(name, cast(SoraRuntime, gated.gate.runtime)))
             adapter.paths.append(path.removeprefix("base_model.model."))
             adapter.gates.append(gated.gate.weight)
             adapter.matrices += [gated.weight, layer.lora_B[name].weight]  # type: ignore[list-item]  # nn.Linear
@@ -258,18 +255,8 @@ def _count(adapters: list[_Adapter]) -> dict[str, int]:
     return dict(zip(names, torch.stack(counts).tolist(), strict=True))
 
 
-def _restore_float32(adapter: _Adapter, optimizer: Any) -> None:
-    """Gates and their optimizer state back in float32, in the same Parameter objects."""
-    for gate in (gate for gate in adapter.gates if gate.dtype in _HALF):
-        gate.data = gate.data.float()
-        state = optimizer.state.get(gate, {}) if optimizer is not None else {}
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dtype in _HALF:
-                state[key] = value.float()
-
-
 def _refuse_deepspeed(args: Any, optimizer: Any) -> None:
-    if getattr(args, "deepspeed", None) or "DeepSpeed" in type(optimizer).__name__:
+    if uses_deepspeed(args, optimizer):
         raise RuntimeError(
             "SoraCallback under DeepSpeed: its engine steps inside backward and overwrites the gates from its own "
             "float32 copy, so nothing would stay pruned; possible: DDP or FSDP2."

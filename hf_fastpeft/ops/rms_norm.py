@@ -300,7 +300,13 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         x_ND, weight, rstd_N1 = ctx.saved_tensors
         d_x_ND, d_weight_D = rms_norm_bwd(
-            d_out.contiguous(), x_ND, weight, rstd_N1, ctx.impl, with_dw=ctx.needs_input_grad[1], unit_offset=ctx.unit_offset
+            d_out.contiguous(),
+            x_ND,
+            weight,
+            rstd_N1,
+            ctx.impl,
+            with_dw=ctx.needs_input_grad[1],
+            unit_offset=ctx.unit_offset,
         )
         return d_x_ND, d_weight_D, None, None, None
 

@@ -1,35 +1,19 @@
 """Configuration of SoRA, sparse low-rank adaptation (Ding et al. 2023, arXiv 2311.11696)."""
 
 import math
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from peft import LoraConfig
 
+from hf_fastpeft.tuners import _config
+from hf_fastpeft.tuners._config import is_int, write_card, wrong_lora_settings
 from hf_fastpeft.tuners._peft import add_peft_type
 
 __all__ = ["SoraConfig"]
 
 _INITS = (True, False, "gaussian", "orthogonal")
-_CARD_HEADING = "## Loading this SoRA adapter"
-_CARD = f"""{_CARD_HEADING}
-
-SoRA is not part of PEFT. Import the package that provides it first; `PeftModel.from_pretrained` raises
-`KeyError: 'SORA'` without it.
-
-```python
-import hf_fastpeft
-
-model = hf_fastpeft.load_adapter("path/to/this/folder")
-```
-
-To serve the adapter where `hf_fastpeft` is not installed, write it as plain LoRA (the gates fold into the matrices):
-
-```python
-hf_fastpeft.export_to_lora(model, "path/to/plain-lora")
-```
-"""
 
 
 @dataclass
@@ -72,25 +56,16 @@ class SoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("SORA")
-        wrong = [*self._wrong_values(), *self._wrong_variants()]
+        wrong = [*self._wrong_values(), *wrong_lora_settings(self, _INITS)]
         if wrong:
             raise ValueError("SoraConfig: " + "; ".join(wrong))
 
     def _wrong_values(self) -> list[str]:
-        wrong = []
-
-        def check(name: str, ok: Any, possible: str) -> None:
-            value = getattr(self, name)
-            try:
-                good = bool(ok(value))
-            except TypeError:
-                good = False
-            if not good:
-                wrong.append(f"{name}={value!r}: {possible}")
-
+        wrong: list[str] = []
+        check = partial(_config.check, self, wrong)
         ranks = [self.r, *(self.rank_pattern or {}).values()]
-        check("r", lambda v: _is_int(v) and v > 0, "possible: an integer above 0")
-        check("rank_pattern", lambda v: all(_is_int(n) and n > 0 for n in (v or {}).values()), "ranks are above 0")
+        check("r", lambda v: is_int(v) and v > 0, "possible: an integer above 0")
+        check("rank_pattern", lambda v: all(is_int(n) and n > 0 for n in (v or {}).values()), "ranks are above 0")
         check("sparse_lambda", lambda v: 0 <= v < math.inf, "possible: a number from 0, useful in (0, 1)")
         check("gate_scale", lambda v: 0 < v < math.inf, "possible: a number above 0")
         check("gate_init", lambda v: v in ("ones", "randn"), "possible: 'ones', 'randn'")
@@ -103,43 +78,14 @@ class SoraConfig(LoraConfig):
             )
         if not wrong:
             top = max(ranks)
-            check("min_rank", lambda v: _is_int(v) and 0 <= v <= top, f"possible: an integer from 0 to r={top}")
+            check("min_rank", lambda v: is_int(v) and 0 <= v <= top, f"possible: an integer from 0 to r={top}")
         if not wrong and self.target_r is not None:
             check("target_r", lambda v: 0 < v <= top, f"possible: a number above 0, at most r={top}, or None")
         if not wrong and self.target_r is not None and self.min_rank > self.target_r:
             wrong.append(f"min_rank={self.min_rank!r}: above target_r={self.target_r!r}")
         return wrong
 
-    def _wrong_variants(self) -> list[str]:
-        wrong = [
-            f"{f.name}={getattr(self, f.name)!r}: this LoRA variant has no gated form; leave it at its default"
-            for f in fields(LoraConfig)
-            if f.metadata.get("is_lora_variant") and getattr(self, f.name)
-        ]
-        if self.init_lora_weights not in _INITS:
-            wrong.append(
-                f"init_lora_weights={self.init_lora_weights!r}: changes the base weights or freezes a factor; "
-                f"possible: {', '.join(map(repr, _INITS))}"
-            )
-        if self.bias != "none" or self.lora_bias:
-            wrong.append(
-                f"bias={self.bias!r}, lora_bias={self.lora_bias!r}: a bias is not gated, so a pruned layer would keep "
-                "it; possible: bias='none', lora_bias=False"
-            )
-        if self.use_qalora or self.megatron_config:
-            wrong.append("use_qalora, megatron_config: no gated layer; leave them at their defaults")
-        if self.target_parameters:
-            wrong.append(f"target_parameters={self.target_parameters!r}: only linear layers; use target_modules")
-        return wrong
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and say in the folder's model card what loading the adapter takes."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        if _CARD_HEADING not in text:
-            card.write_text(f"{text.rstrip()}\n\n{_CARD}".lstrip(), encoding="utf-8")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        write_card(save_directory, "SoRA", "SORA")

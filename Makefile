@@ -25,6 +25,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: $(VENV)/.installed
 	$(BIN)/hf-fastpeft train examples/quickstart.yaml
 
+# tiny tensors: a second thread gains nothing, and on a busy machine waiting for it costs ten times the work
+test: export OMP_NUM_THREADS ?= 1
 test: lint types
 	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow and not gpu"
 

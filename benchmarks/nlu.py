@@ -141,6 +141,8 @@ def run(
     def one(job: tuple[str, str]) -> None:
         dataset, method = job
         done = [r for r in result["runs"][dataset].get(method, []) if r["phase"] in ("sweep", "test")]
+        if {r["seed"] for r in done if r["phase"] == "test"} >= set(settings["seeds"]):
+            return
         request = {"settings": settings, "method": method, "done": done}
         request["files"] = [str(path.resolve()) for path in files[dataset]]
         failure = _process(request, lambda record: keep(dataset, method, record), deadline)

@@ -483,6 +483,8 @@ def test_losses_are_the_tasks_in_training_and_evaluation(tmp_path):
 def test_gradients_under_a_scaler_are_unscaled_first():
     """Without clipping, the trainer leaves float16 gradients in the scaler's units until the optimizer's step."""
     model, callback = model_of(adaptive()), AdaLoraCallback()
+    for t in triplets_of(model):
+        t.E.data.fill_(100.0)  # at zero A and B have no gradient but the term's
     parameters = [p for p in model.parameters() if p.requires_grad]
     inner = torch.optim.SGD(parameters, lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -498,6 +500,7 @@ def test_gradients_under_a_scaler_are_unscaled_first():
     callback.on_pre_optimizer_step(arguments, state, None, optimizer=optimizer)
     got = [p.grad for t in triplets_of(model) for p in (t.A, t.B)]
     for grad, raw, term in zip(got, scaled, want, strict=True):
+        assert raw.norm() > term.norm()
         torch.testing.assert_close(grad, raw / 1024 + term, rtol=1e-4, atol=1e-6)
     scaler.step(inner)  # the scaler knows that they are
     scaler.update()
@@ -742,6 +745,8 @@ def test_ranknum_is_not_trained(tmp_path):
     trainer = trainer_of(model, tmp_path, [AdaLoraCallback()], weight_decay=0.1)
     trainer.train()
     assert all(p.item() == 4 for p in ranknums)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not held & {id(p) for p in ranknums}
     late = trainer_of(model_of(svd(), dtype=torch.bfloat16), tmp_path, [])
     late.add_callback(AdaLoraCallback())
     late.train()
@@ -852,6 +857,21 @@ def test_deepspeed_is_refused():
     for kwargs in ({"deepspeed": "zero.json"}, {"optimizer": type("DeepSpeedOptimizerWrapper", (), {})()}):
         with pytest.raises(RuntimeError, match="under DeepSpeed: its engine steps inside backward and clears"):
             begin(model_of(svd()), **kwargs)
+
+
+def test_a_layer_that_lost_all_ranks_saves_and_loads_without_a_warning(tmp_path):
+    made = svd()
+    model = model_of(made)
+    callback = begin(model)
+    for t, kept in zip(triplets_of(model), (0, 2, 1, 3), strict=True):
+        t.E.data[:kept] = 1.0
+    callback.on_train_end(None, None, None, model=model)
+    assert next(iter(made.rank_pattern.values())) == [True, False, False, False]
+    assert [sum(pattern) for pattern in made.rank_pattern.values()] == [1, 2, 1, 3]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert (logits(loaded) - logits(model)).abs().max() <= 1e-6
+    assert (logits(tiny_llama()) - logits(model)).abs().max() > 1e-4
 
 
 def test_sharded_adapters_are_refused():

@@ -274,7 +274,7 @@ def table(result: dict[str, Any]) -> str:
             elif stopped := next((r for r in runs if "reason" in r), None):
                 reason = " ".join(stopped["reason"].split()).replace("|", "/")
                 lines.append(f"| {METHODS[method].title} | {stopped['phase']}: {reason[:160]} | | | | | | | | |")
-        lines += ["", *_words(rows, size)]
+        lines += ["", *_words(rows, size, len(settings["seeds"]))]
     return "\n".join(lines)
 
 
@@ -294,14 +294,17 @@ def _row(title: str, row: dict[str, Any], num_seeds: int) -> str:
     )
 
 
-def _words(rows: dict[str, Any], size: dict[str, Any]) -> list[str]:
+def _words(rows: dict[str, Any], size: dict[str, Any], num_seeds: int) -> list[str]:
     """What the intervals resolve, and where the learning rates come from."""
-    above, below, unclear = [], [], []
+    above, below, unclear, early = [], [], [], []
     for method, row in rows.items():
         if "interval" in row:
             low, high = row["interval"]
-            (above if low > 0 else below if high < 0 else unclear).append(METHODS[method].title)
-    found = (("resolved above", above), ("resolved below", below), ("not resolved (the interval holds 0)", unclear))
+            whole = len(row["seeds"]) == len(rows[REFERENCE]["seeds"]) == num_seeds
+            verdict = (above if low > 0 else below if high < 0 else unclear) if whole else early
+            verdict.append(METHODS[method].title)
+    found = [("resolved above", above), ("resolved below", below), ("not resolved (the interval holds 0)", unclear)]
+    found += [("no verdict (seeds are missing)", early)] if early else []
     parts = [f"{what}: {', '.join(names) or 'none'}" for what, names in found]
     words = [f"Against LoRA r=8: {'; '.join(parts)}."]
     sora = rows.get("sora")
@@ -309,7 +312,8 @@ def _words(rows: dict[str, Any], size: dict[str, Any]) -> list[str]:
         side = "below" if sora["difference"] < 0 else "above"
         low, high = sora["interval"]
         words.append(
-            f"SoRA is {abs(sora['difference']):.3f} {side} LoRA r=8 in macro-F1, interval [{low:+.3f}, {high:+.3f}]."
+            f"SoRA is {abs(sora['difference']):.3f} {side} LoRA r=8 in macro-F1 over {len(sora['seeds'])} seeds, "
+            f"interval [{low:+.3f}, {high:+.3f}]."
         )
     sweeps = "; ".join(
         f"{METHODS[method].title} " + ", ".join(f"{rate}: {f1:.3f}" for rate, f1 in row["sweep"].items())

@@ -127,6 +127,7 @@ def test_runs_are_kept_and_continued(files, settings, tmp_path, monkeypatch, cap
     assert not result["complete"]
     assert "cut off" in str(result["runs"]["toy"]["lora-r8"])
     before = result["runs"]["toy"]["lora-r8"][:-1]
+    assert "no verdict (seeds are missing): head only" in nlu.table(result)
     result = nlu.run(settings, pairs, out, methods=chosen, jobs=1)
     assert started[2] == ("lora-r8", len(before))
     assert result["runs"]["toy"]["lora-r8"][: len(before)] == before
@@ -211,6 +212,10 @@ def test_interval_holds_zero_for_equals_and_not_for_a_clear_difference():
     assert low < 0 < high
     low, high = nlu_data.paired_interval(gold, noisy(0.1), noisy(0.5), 4, resamples=500)
     assert 0 < low < high
+    # one seed always right, one always wrong: 0.5 +- 0.5, wider by the root of 2 / (2 - 1)
+    coin = torch.arange(60) % 2
+    low, high = nlu_data.paired_interval(coin, torch.stack([coin, 1 - coin]), (1 - coin).expand(2, -1), 2)
+    assert (low, high) == pytest.approx((0.5 - 0.5**0.5, 0.5 + 0.5**0.5))
     same = noisy(0.2)
     assert nlu_data.paired_interval(gold, same, same, 4, resamples=50) == (0, 0)
 

@@ -115,7 +115,11 @@ def _fill(sides: list[tuple[Side, Stack]]) -> None:
     if scaled_B:
         values += torch._foreach_mul(scaled_B, scalings)
         slots += scaled_slots
-    torch._foreach_copy_(slots, values)
+    # strides that differ would send the whole list down torch's path of one launch a tensor
+    for alike in (True, False):
+        pairs = [(s, v) for s, v in zip(slots, values, strict=True) if (s.stride() == v.stride()) is alike]
+        if pairs:
+            torch._foreach_copy_([slot for slot, _ in pairs], [value for _, value in pairs])
 
 
 def make_bias(stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:

@@ -167,17 +167,22 @@ class Placement:
     Attributes:
         bordered: whether borders are wanted.
         reasons: per stack, by the identities of its weights, why its last call was not bordered; None if it was.
-        on_drop: called with a border that is given up.
+        on_drop: gives what is to be called with a border that is given up; a weak reference, or None.
     """
 
     def __init__(self, bordered: bool = False, tied: frozenset[int] = frozenset()) -> None:
         self.bordered = bordered
         self.reasons: dict[tuple[int, ...], str | None] = {}
-        self.on_drop: Callable[[Border], None] = lambda border: None
+        self.on_drop: Callable[[], Callable[[Border], None] | None] = lambda: None
         self._tied = tied
         self._borders: dict[tuple[int, ...], Border] = {}
         self._tried: dict[tuple[int, ...], tuple[int, ...]] = {}  # stack -> where it lay when it could not be stacked
         self._moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
+
+    def _drop(self, border: "Border") -> None:
+        told = self.on_drop()
+        if told is not None:
+            told(border)
 
     def stack(self, weights: Sequence[nn.Parameter]) -> bool:
         """:func:`stack_weights`, to be undone by :meth:`restore`."""
@@ -230,13 +235,13 @@ class Placement:
         border = self._borders.pop(_ids(weights), None)
         if border is not None:
             unstack_weights(weights)
-            self.on_drop(border)
+            self._drop(border)
 
     def restore(self) -> None:
         """Give every weight that was moved here memory of its own for good."""
         unstack_weights(self._moved.values())
         for border in self._borders.values():
-            self.on_drop(border)
+            self._drop(border)
         self._borders.clear()
         self._moved.clear()
 
@@ -244,7 +249,7 @@ class Placement:
         """Give up the borders of parameters that are gone."""
         for ids in [ids for ids in self._borders if not all(i in self._moved for i in ids)]:
             self.reasons.pop(ids, None)
-            self.on_drop(self._borders.pop(ids))
+            self._drop(self._borders.pop(ids))
 
     def to_json(self) -> dict[str, Any] | None:
         """Bordered stacks so far and why others are not; None where borders are not wanted."""
@@ -256,7 +261,7 @@ class Placement:
     def _make(self, weights: Sequence[torch.Tensor], ranks: int) -> Border:
         old = self._borders.pop(_ids(weights), None)
         if old is not None:
-            self.on_drop(old)
+            self._drop(old)
         self._note(weights)
         border = self._borders[_ids(weights)] = Border.around(weights, ranks)  # type: ignore[arg-type]
         return border

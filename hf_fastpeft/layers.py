@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ __all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "Fast
 
 INFERENCE = "inference (stock numerics and caches)"
 COMPILED = "inside torch.compile"
+REPLICA = "a replica of DataParallel"
 TRANSFORMED = "torch.func or forward-mode differentiation"
 
 
@@ -106,6 +108,8 @@ class FastModule(nn.Module):
         """What rules out every block of this call, before any layer is read."""
         if torch.compiler.is_compiling():
             return COMPILED
+        if "_is_replica" in self.__dict__:
+            return REPLICA
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return TRANSFORMED
         if _has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -273,7 +277,7 @@ class FastAttention(FastModule):
         return self.config.num_attention_heads, self.config.num_key_value_heads
 
     def _project_in(
-        self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: nn.Module | None
+        self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: nn.Module | None, *, residual: bool = True
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys, values and the hidden states for the way around."""
         site, names = self._fastpeft, self.linears["attention_in"]
@@ -300,11 +304,11 @@ class FastAttention(FastModule):
             dtype=dtype,
             norm=parameters,
             qk_norm=qk_norm,
-            residual=fold,
+            residual=fold and residual,
             impl=site.impl,
             adapters=site.adapters,
         )
-        return found if fold else (*found, h)
+        return found if fold and residual else (*found, h)
 
     def _stock_in(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -372,7 +376,7 @@ class FastAttention(FastModule):
         ``h`` is what the route lets in, the result what it lets go on.
         """
         cos, sin = position_embeddings if route is None else map(route.table, position_embeddings)
-        q, k, v, around = self._project_in(h, cos, sin, norm)
+        q, k, v, around = self._project_in(h, cos, sin, norm, residual=residual)
         if route is not None:
             q, k, v = route.spread(q), route.spread(k), route.spread(v)
             around = route.narrow(around, self) if residual else around
@@ -394,14 +398,28 @@ class FastAttention(FastModule):
         return self._project_out(out, around if residual else None), weights
 
 
+def _counted_forward(stock: type[nn.Module]) -> Callable[..., Any]:
+    """The stock forward inside a new count; with its signature, by which Trainer chooses columns."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the class is stock's again after restore(), while others may hold this function
+        if torch.compiler.is_compiling() or not isinstance(self, FastBackbone) or "_is_replica" in self.__dict__:
+            return stock.forward(self, *args, **kwargs)
+        with self._fastpeft.adapters.forward():
+            return stock.forward(self, *args, **kwargs)
+
+    forward.__signature__ = signature(stock.forward)  # type: ignore[attr-defined]
+    return forward
+
+
 class FastBackbone(FastModule):
     """The model without its head: its forward is what the age of the adapters' copies is counted in."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        with self._fastpeft.adapters.forward():
-            return super().forward(*args, **kwargs)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = cls.stock_class()
+        if stock in cls.__bases__:
+            cls.forward = _counted_forward(stock)  # type: ignore[assignment]
 
 
 class FastDecoderLayer(FastModule):

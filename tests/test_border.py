@@ -325,7 +325,7 @@ def test_state_dict_has_whole_tensors_and_the_border_comes_back(tmp_path):
     assert list(found) == list(stock.state_dict())
     assert all(t.is_contiguous() for t in found.values())
     assert not patched._placement._borders  # nor is its memory held by the copies of the adapters
-    assert not any(key[0] is not None for key in patched._placement.on_drop.__self__._sides)
+    assert not any(key[0] is not None for key in patched._placement.on_drop().__self__._sides)
     proj = {k: v for k, v in found.items() if "proj" in k}
     save_file(proj, tmp_path / "w.safetensors")
     assert all(torch.equal(load_file(tmp_path / "w.safetensors")[k], stock.state_dict()[k]) for k in proj)

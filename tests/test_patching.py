@@ -210,6 +210,94 @@ def test_optimizer_steps_are_seen_without_a_version():
                     p.data.add_(p.grad.sign() if "gate" in name else p.grad, alpha=-0.1)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("only", [None, {"LlamaMLP"}, {"LlamaMLP", "LlamaAttention"}, {"LlamaModel"}], ids=str)
+def test_recomputation_sees_the_present_adapters_whatever_is_patched(only, use_reentrant):
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast, only=only)
+    for model in (stock, fast):
+        model.enable_input_require_grads()
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    for _ in range(3):
+        assert_parity(stock, fast)
+        for model in (stock, fast):
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.data.add_(p.grad, alpha=-0.3)
+
+
+def test_layers_checkpointed_by_hand_see_the_present_adapters():
+    from torch.utils.checkpoint import checkpoint
+
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast)
+    x, angles = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(1, 5, 8, dtype=torch.float64)
+    cos_sin = angles.cos(), angles.sin()
+    for _ in range(3):
+        found = []
+        for model in (stock, fast):
+            model(**BATCH)
+            model.zero_grad()
+            h = x.clone().requires_grad_()
+            for layer in model.get_base_model().model.layers:
+                h = checkpoint(layer, h, position_embeddings=cos_sin, attention_mask=None, use_reentrant=False)
+            h.square().sum().backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.data.add_(0.1)
+        assert all(rel_err(found[1][name], want) < FLOAT64_REL for name, want in found[0].items())
+
+
+def test_training_goes_on_after_inference_mode_in_training_mode():
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast)
+    for _ in range(2):
+        with torch.inference_mode():
+            fast(input_ids=BATCH["input_ids"])
+        assert_parity(stock, fast)
+
+
+def test_the_backbone_keeps_its_signature():
+    import inspect
+
+    model = tiny_llama()
+    want = inspect.signature(model.model.forward)
+    patched = patch_model(model)
+    assert inspect.signature(model.model.forward) == want
+    patched.restore()
+    assert inspect.signature(model.model.forward) == want
+
+
+def test_a_model_that_is_deleted_frees_its_memory_at_once():
+    import gc
+    import weakref
+
+    model = adapted_llama("lora", torch.float32)
+    patched = patch_model(model)
+    step(model, BATCH)
+    weight = weakref.ref(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, patched
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_replicas_of_data_parallel_run_stock():
+    model = adapted_llama("lora", torch.float32)
+    patched = patch_model(model)
+    for module in model.modules():
+        module._is_replica = True
+    model(**BATCH).loss.backward()
+    assert set(calls(patched)["mlp"][1]) == {"a replica of DataParallel"}
+
+
 def test_two_forwards_before_a_backward():
     stock = adapted_llama("lora")
     fast = twin(stock)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -172,11 +173,11 @@ class SideCache:
     def __init__(self, placement: Placement | None = None) -> None:
         self.forwards = 0
         self.placement = placement
-        self._inside = False
+        self._inside = self._bare = False
         self._sides: dict[tuple[object, ...], _Entry[Side]] = {}
         self._biases: dict[tuple[object, ...], _Entry[torch.Tensor]] = {}
         if placement is not None:
-            placement.on_drop = self._forget
+            placement.on_drop = WeakMethod(self._forget)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SideCache":
         """A copied model starts with an empty cache: the copies belong to the original's parameters."""
@@ -191,14 +192,26 @@ class SideCache:
         """Around a forward of the model: what was copied before is old inside."""
         outer, self._inside = self._inside, True
         self.forwards += not outer
+        self._bare = False
         try:
             yield
         finally:
             self._inside = outer
 
     def _shares(self) -> bool:
-        # a recomputation runs inside a backward, after the model's forward
-        return self._inside or torch._C._current_graph_task_id() != -1
+        """Whether what was laid out in this forward is what a block is to multiply with now.
+
+        A recomputation runs inside a backward, after the model's forward; not so where a block was called on its own
+        since: its recomputation belongs to no forward of the model.
+        """
+        if torch.is_inference_mode_enabled():  # what is made here could not be refreshed
+            return False
+        if self._inside:
+            return True
+        if torch._C._current_graph_task_id() == -1:
+            self._bare = True
+            return False
+        return self.forwards > 0 and not self._bare
 
     def border(self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype) -> Border | None:
         """The border around ``stack`` in which its adapters lie; None where it is to multiply with them apart."""

@@ -1,10 +1,13 @@
 """``patch_model`` from a Trainer's callback list, for scripts in which the trainer loads the model itself."""
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_fastpeft.errors import NothingToPatchError
 from hf_fastpeft.layers import FastModule
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.patching import Patched, patch_model
@@ -14,6 +17,7 @@ __all__ = ["FastPeftCallback"]
 
 class FastPeftCallback(TrainerCallback):
     """Patches the trainer's model once, when the trainer's constructor ends: after PEFT wrapped it, before accelerate.
+    Where the model came later (``model_init``), when training begins.
 
     A model that the script patched itself is left as it is. Works in every Trainer and TRL trainer::
 
@@ -42,7 +46,18 @@ class FastPeftCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Patch ``kwargs["model"]``."""
-        model = kwargs["model"]
+        self._patch(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Patch a model that came later: from ``model_init``, or this callback was added after the constructor."""
+        try:
+            self._patch(kwargs["model"])
+        except NothingToPatchError as error:
+            warnings.warn(f"FastPeftCallback: {error}; pass it to the trainer's constructor", stacklevel=2)
+
+    def _patch(self, model: nn.Module) -> None:
         if not any(isinstance(module, FastModule) for module in model.modules()):
             self.patched = patch_model(
                 model, impl=self.impl, only=self.only, bordered=self.bordered, routing=self.routing

@@ -44,7 +44,8 @@ TOY = {
 def base(tmp_path_factory):
     """Folder with a tiny model, its tokenizer and rows."""
     folder = tmp_path_factory.mktemp("methods")
-    tiny.tiny_llama().save_pretrained(folder / "model")
+    # bitsandbytes on a CPU takes whole blocks of 64 weights
+    tiny.tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder / "model")
     tiny.tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.tiny_dataset(16)))
     return folder
@@ -83,10 +84,16 @@ def test_an_example_trains_patched_as_stock_and_loads_again(name, base, tmp_path
     stock = run(toy(name, base, tmp_path / "stock", "fastpeft.patch=false"), tmp_path)
     assert patched.patch is not None
     assert stock.patch is None
+    # TRL casts the adapters of quantised models to bfloat16, of which one ulp is 0.8 %
+    tolerance = 2e-2 if name == "qlora" else 1e-3
     assert patched.loss_before == pytest.approx(stock.loss_before, rel=1e-4)
     assert patched.loss_after == pytest.approx(stock.loss_after, rel=1e-4)
-    assert patched.loss_after != pytest.approx(patched.loss_before, rel=1e-4)
-    assert math.isfinite(patched.loss_after)
+    assert patched.loss_after != patched.loss_before
+    for key in ("loss", "grad_norm"):
+        found, want = ([step[key] for step in result.history if key in step] for result in (patched, stock))
+        assert len(want) == 2
+        assert found == pytest.approx(want, rel=tolerance)
+        assert min(want) > 0
     if name == "full":
         return
     with torch.no_grad():

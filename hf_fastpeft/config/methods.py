@@ -1,6 +1,6 @@
 """The adapter methods of ``adapter:``: their keys, the classes that these become, and what each does not go with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -157,7 +157,7 @@ class Method:
     """
 
     config: str
-    keys: dict[str, str | None]
+    keys: Mapping[str, str | None]
     callbacks: tuple[str, ...] = ()
 
     @property
@@ -256,16 +256,16 @@ def contradictions(config: "RunConfig") -> Iterator[tuple[bool, str]]:
     yield (
         plus and any(part in config.optimizer for part in _OWN_GROUPS),
         (
-            f"loraplus_lr_ratio: optimizer: {config.optimizer} makes parameter groups of its own; possible: adamw_torch "
-            "and the other Adam, SGD and Lion optimizers"
+            f"loraplus_lr_ratio: optimizer: {config.optimizer} makes parameter groups of its own; possible: "
+            "adamw_torch and the other Adam, SGD and Lion optimizers"
         ),
     )
     prompts = name in PROMPT_METHODS
     yield (
         prompts and config.sample_packing,
         (
-            f"sample_packing: adapter: {name} puts its virtual tokens in front of a row, so only the first sample of a "
-            "packed row would see them; remove sample_packing"
+            f"sample_packing: adapter: {name} puts its virtual tokens in front of a row, so only the first sample of "
+            "a packed row would see them; remove sample_packing"
         ),
     )
     yield (

@@ -1,7 +1,9 @@
 """What each adapter method needs around stock SFTTrainer: callbacks, LoRA+'s optimizer, EVA's data, PiSSA's export."""
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +24,11 @@ _EVA_BATCHES = 500  # far more than the 10 to 50 that PCA takes to settle
 _EVA_RHO = 2.0  # peft.EvaConfig's default
 
 
-class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
+class LoraPlusTrainer(SFTTrainer):
     """SFTTrainer with PEFT's LoRA+ groups: B learns ``loraplus_lr_ratio`` times as fast as A (arXiv 2402.12354)."""
 
     loraplus: dict[str, Any]
+    optimizer: Any
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that the arguments name, over LoRA+'s groups.
@@ -168,24 +171,21 @@ class MethodParts:
         self.trainer: type[SFTTrainer] = SFTTrainer
         if loraplus:
             self.trainer = type("LoraPlusTrainer", (LoraPlusTrainer,), {"loraplus": loraplus})
-        self._initial: tempfile.TemporaryDirectory[str] | None = None
+        self._start: dict[str, torch.Tensor] | None = None
 
     def remember_start(self, model: Any) -> None:
         """Keeps the first A and B of an adapter that was taken out of the base weights, for its export."""
-        if self.config.peft_init_lora_weights not in BASE_CHANGING or self.config.peft_use_rslora:
-            return
-        self._initial = tempfile.TemporaryDirectory()
-        settings = model.peft_config["default"]
-        init, settings.init_lora_weights = settings.init_lora_weights, True
-        model.save_pretrained(self._initial.name)
-        settings.init_lora_weights = init
+        config = self.config
+        # PEFT does not convert rsLoRA's scaling: the difference has twice the rank.
+        if config.peft_init_lora_weights in BASE_CHANGING and not config.peft_use_rslora:
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            self._start = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items() if k in trained}
 
     def save(self, model: Any, result: RunResult) -> None:
         """Plain LoRA beside the adapter where servers could not load that one, and what became of the ranks."""
         out = result.output_dir / "lora"
-        if self._initial is not None:
-            # B A - B0 A0 as one LoRA of twice the rank, which fits the base weights as they are on the hub.
-            model.save_pretrained(str(out), path_initial_model_for_weight_conversion=self._initial.name)
+        if self._start is not None:
+            self._save_difference(model, out)
             result.lora_dir = out
         if self.ranks is None:
             return
@@ -201,3 +201,15 @@ class MethodParts:
         elif result.rank_history:
             start = self.config.lora_r
             result.kept_ranks = {path: (kept, start) for path, kept in result.rank_history[-1][1].items()}
+
+    def _save_difference(self, model: Any, out: Path) -> None:
+        """``B A - B0 A0`` as one LoRA of twice the rank, which fits the base weights as they are on disk."""
+        settings = model.peft_config["default"]
+        init = settings.init_lora_weights
+        with tempfile.TemporaryDirectory() as start, warnings.catch_warnings():
+            # The second adapter that PEFT warns of is its own, for as long as it subtracts.
+            warnings.filterwarnings("ignore", message=".*changes the base weights of the model")
+            settings.init_lora_weights = True
+            model.save_pretrained(start, state_dict=self._start)
+            settings.init_lora_weights = init
+            model.save_pretrained(str(out), path_initial_model_for_weight_conversion=start)

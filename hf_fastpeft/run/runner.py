@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from hf_fastpeft.config.mapping import adapter_config, arguments, planned_steps, quantization_config
+from hf_fastpeft.config.methods import PROMPT_METHODS
 from hf_fastpeft.config.schema import RunConfig
 from hf_fastpeft.errors import ConfigError, NothingToPatchError, UnknownFamilyError
 from hf_fastpeft.run.data import Example, RunData, encode, prompt_ids, read_data
@@ -156,6 +157,8 @@ def _told_how_to_go_on() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, _prepare_model).
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # TRL makes the adapter and has no such option.
+            warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
             yield
     except (UnknownFamilyError, NothingToPatchError) as error:
         raise type(error)(f"{error} To train it unpatched, set fastpeft.patch: false.") from error
@@ -260,6 +263,9 @@ class _Run:
         """Greedy continuations of the prompts, all in one batch padded on the left."""
         if not probes:
             return []
+        if self.config.adapter in PROMPT_METHODS and len(probes) > 1:
+            # Padding would stand between the virtual tokens and the prompt, and PEFT drops position ids.
+            return [answer for probe in probes for answer in self._answers([probe])]
         model = self.trainer.model
         prompts = [prompt_ids(probe, self.tokenizer) for probe in probes]
         longest = max(len(ids) for ids in prompts)
@@ -267,7 +273,8 @@ class _Run:
         ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,

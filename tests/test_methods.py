@@ -20,8 +20,14 @@ from hf_fastpeft.errors import AdapterError, ConfigError
 from hf_fastpeft.run import methods
 from hf_fastpeft.run.runner import model_and_batch, train
 
-# PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, PeftModel.__init__).
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, PeftModel.__init__).
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT 0.21 on loading its own AdaLoRA folders.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
+    # bitsandbytes 0.50 on a CPU, in evaluation.
+    pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning"),
+]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(file.stem for file in EXAMPLES.glob("*.yaml") if file.stem != "quickstart")
@@ -97,11 +103,11 @@ def test_an_example_trains_patched_as_stock_and_loads_again(name, base, tmp_path
     if name == "full":
         return
     with torch.no_grad():
-        loss = [
-            hf_fastpeft.load_adapter(folder)(**rows(None)).loss
+        logits = [
+            hf_fastpeft.load_adapter(folder)(torch.arange(8, 16)[None]).logits
             for folder in (patched.adapter_dir, patched.lora_dir)
             if folder is not None
         ]
-    assert torch.isfinite(loss[0])
+    assert torch.isfinite(logits[0]).all()
     if patched.lora_dir is not None:  # plain LoRA on the unchanged base: the same function
-        torch.testing.assert_close(loss[0], loss[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)

@@ -113,6 +113,7 @@ def verify(
     with warnings.catch_warnings():
         # True, and of no interest here: no step is taken, so there is nothing to prune.
         warnings.filterwarnings("ignore", message="SoRA: gates are not being pruned")
+        warnings.filterwarnings("ignore", message="(AdaLoRA|adaptive LoRA): ranks are not being allocated")
         outcome = compare(wrapped, batch)
     console.print(str(outcome), markup=False, highlight=False, soft_wrap=True)
     if not outcome.passed:

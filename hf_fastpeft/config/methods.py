@@ -245,7 +245,11 @@ def contradictions(config: "RunConfig") -> Iterator[tuple[bool, str]]:
     for key in _ADAPTER_KEYS:
         given = key in config.model_fields_set and getattr(config, key) not in (None, False, 0)
         users = ", ".join(other for other, method in METHODS.items() if key in method.keys)
-        instead = f"use fastpeft.{name}" if name in OPTIONS and key == "lora_r" else f"possible with adapter: {users}"
+        instead = (
+            "use fastpeft.bottleneck.r"
+            if (name, key) == ("bottleneck", "lora_r")
+            else f"possible with adapter: {users}"
+        )
         yield given and key not in takes, f"{key}: adapter: {name} has no use for {key}; remove it; {instead}"
     yield from _init_contradictions(config)
     plus = config.loraplus_lr_ratio is not None

@@ -125,7 +125,7 @@ def _in_float32(model: nn.Module) -> nn.Module:
     exact = copy.deepcopy(model)
     for module in exact.modules():
         if hasattr(module, "compute_dtype"):  # of bitsandbytes' Linear4bit
-            module.compute_dtype = torch.float32
+            module.compute_dtype = torch.float32  # type: ignore[assignment]  # no tensor
     for t in [*exact.parameters(), *exact.buffers()]:
         if t.is_floating_point() and not _is_packed(t):
             t.data = t.data.float()

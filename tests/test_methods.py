@@ -253,6 +253,21 @@ def test_what_is_no_lora_is_not_exported(name, base, tmp_path):
         hf_fastpeft.export_to_lora(model, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("keys", "exports"),
+    [(["peft_init_lora_weights=olora"], True), (["peft_use_rslora=true"], False), (["loraplus_lr_ratio=4"], True)],
+)
+def test_variants_of_lora_combine(keys, exports, base, tmp_path):
+    result = run(toy("pissa", base, tmp_path / "out", *keys), tmp_path)
+    assert (result.lora_dir is not None) is exports
+    ids = torch.arange(8, 16)[None]
+    with torch.no_grad():
+        native = hf_fastpeft.load_adapter(result.adapter_dir)(ids).logits
+        if exports:
+            plain = hf_fastpeft.load_adapter(result.lora_dir)(ids).logits
+            torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["eva", "pissa", "loraplus"])
 def test_a_resumed_run_equals_a_straight_one(name, base, tmp_path):
     straight = run(toy(name, base, tmp_path / "a", "max_steps=4", "save_steps=2"), tmp_path)

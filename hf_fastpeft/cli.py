@@ -83,7 +83,7 @@ def verify(
     model: Annotated[
         str, typer.Option(help="Model to check where no run is given.")
     ] = "builtin:smollm2-135m-instruct",
-    adapter: Annotated[str, typer.Option(help="Its adapter: lora or sora.")] = "lora",
+    adapter: Annotated[str, typer.Option(help="Its adapter, as in a run; see `info`.")] = "lora",
     rows: Annotated[int, typer.Option(help="Training rows in the batch.", min=1)] = 2,
     overrides: Overrides = None,
 ) -> None:
@@ -97,11 +97,14 @@ def verify(
     else:
         import json
 
+        from hf_fastpeft.config.methods import METHODS
+
+        no_linears = ["full", "none", *(name for name, m in METHODS.items() if "lora_target_linear" not in m.keys)]
         text = json.dumps(
             {
                 "base_model": model,
                 "adapter": adapter,
-                "lora_target_linear": True,
+                "lora_target_linear": adapter not in no_linears,
                 "datasets": [{"path": "builtin:stdlib-docstrings"}],
             }
         )
@@ -110,6 +113,7 @@ def verify(
     with warnings.catch_warnings():
         # True, and of no interest here: no step is taken, so there is nothing to prune.
         warnings.filterwarnings("ignore", message="SoRA: gates are not being pruned")
+        warnings.filterwarnings("ignore", message="(AdaLoRA|adaptive LoRA): ranks are not being allocated")
         outcome = compare(wrapped, batch)
     console.print(str(outcome), markup=False, highlight=False, soft_wrap=True)
     if not outcome.passed:
@@ -137,6 +141,7 @@ def info() -> None:
     from rich.table import Table
 
     from hf_fastpeft import quickstart
+    from hf_fastpeft.config.methods import METHODS, SHORTHANDS
     from hf_fastpeft.patching import FAMILIES
     from hf_fastpeft.run.report import versions
 
@@ -145,7 +150,7 @@ def info() -> None:
         **versions(),
         "devices": devices or f"CPU, {torch.get_num_threads()} threads",
         "patched families": sorted(FAMILIES),
-        "adapter methods": ["lora", "rslora", "dora", "qlora", "sora", "none (every weight)"],
+        "adapter methods": [*METHODS, *SHORTHANDS, "none (every weight)"],
         "built-in models": sorted(quickstart.MODELS),
         "built-in data": sorted(quickstart.DATASETS),
     }

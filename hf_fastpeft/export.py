@@ -97,10 +97,12 @@ def _exportable_config(model: nn.Module, adapter_name: str) -> Any:
         raise AdapterError(f"{asked}: not in the model; found: {', '.join(map(repr, sorted(configs))) or 'none'}")
     config: Any = configs[adapter_name]
     if config.peft_type.value not in _METHODS:
-        raise AdapterError(
-            f"{asked} is of type {config.peft_type.value}; possible: {', '.join(_METHODS)}. "
-            "peft.convert_to_lora approximates other methods."
+        others = (
+            "Virtual tokens are not a change of weights, so no LoRA equals them."
+            if config.is_prompt_learning
+            else "peft.convert_to_lora approximates other methods."
         )
+        raise AdapterError(f"{asked} is of type {config.peft_type.value}; possible: {', '.join(_METHODS)}. {others}")
     variants = [
         f.name
         for f in LoraConfig.__dataclass_fields__.values()

@@ -115,6 +115,23 @@ def _errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict
     return {g: (difference[g].sqrt() / size[g].sqrt().clamp_min(1e-30)).item() for g in difference}
 
 
+def _is_packed(p: torch.Tensor) -> bool:
+    """4-bit weights, whose dtype (bitsandbytes' ``quant_storage``) says nothing about the arithmetic."""
+    return hasattr(p, "quant_state")
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """A copy that computes in float32, with the same packed weights."""
+    exact = copy.deepcopy(model)
+    for module in exact.modules():
+        if hasattr(module, "compute_dtype"):  # of bitsandbytes' Linear4bit
+            module.compute_dtype = torch.float32  # type: ignore[assignment]  # no tensor
+    for t in [*exact.parameters(), *exact.buffers()]:
+        if t.is_floating_point() and not _is_packed(t):
+            t.data = t.data.float()
+    return exact
+
+
 def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     """Compare the patched model with stock on one batch: loss and every gradient.
 
@@ -154,7 +171,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
                 raise ValueError(
                     f"verify: stock's own loss is {want['loss'].item()}; the batch needs a label to learn"
                 )
-            dtypes = {p.dtype for p in model.parameters()}
+            dtypes = {p.dtype for p in model.parameters() if not _is_packed(p)}
             device = next(model.parameters()).device.type
             half = bool(dtypes & {torch.float16, torch.bfloat16}) or torch.is_autocast_enabled(device)
             if not half:
@@ -163,7 +180,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
                 reference = "stock"
             else:
                 with torch.autocast(device, enabled=False):
-                    exact = _step(copy.deepcopy(model).float(), batch)
+                    exact = _step(_in_float32(model), batch)
                 own, stocks = _errors(got, exact), _errors(want, exact)
                 # the loss is one number, whose rounding error can be zero by luck: bounded by the dtype's own step
                 floor = torch.finfo(torch.bfloat16 if torch.bfloat16 in dtypes else torch.float16).eps

@@ -69,7 +69,7 @@ def test_info_names_versions_families_and_sources():
         assert part in shown.output
 
 
-@pytest.mark.parametrize("adapter", ["lora", "sora"])
+@pytest.mark.parametrize("adapter", ["lora", "sora", "adalora", "adaptive_lora"])
 def test_verify_compares_a_run_with_stock(run_file, adapter):
     checked = call("verify", run_file, "--set", f"adapter={adapter}")
     assert checked.exit_code == 0, checked.output

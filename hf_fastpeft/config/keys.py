@@ -79,7 +79,7 @@ _QUANT = "only load_in_4bit and load_in_8bit are implemented"
 _TRACKER = "use wandb_project, mlflow_experiment_name, trackio_project_name or use_tensorboard"
 _ATTENTION = "use attn_implementation: sdpa or flash_attention_2"
 _REMOVE = "no equivalent here; remove the key to train without it"
-_ADAPTER = "use adapter: lora, qlora or sora"
+_ADAPTER = "use adapter: with one of its methods, see `hf-fastpeft info`"
 _TOKENS = "extend the tokenizer and the model's embeddings first and point base_model at the result"
 _VISION = "only text models are implemented; remove the key"
 
@@ -114,9 +114,9 @@ _ADVICE: dict[str, str] = {
     """,
     _ADAPTER: """
         full_finetune lora_fan_in_fan_out lora_layers_to_transform lora_model_dir lora_target_parameters
-        lora_on_cpu merge_lora peft peft_layers_to_transform peft_init_lora_weights relora relora_cpu_offload
+        lora_on_cpu merge_lora peft peft_layers_to_transform relora relora_cpu_offload
         relora_prune_ratio relora_steps jagged_restart_anneal_steps jagged_restart_steps jagged_restart_warmup_steps
-        loraplus_lr_embedding loraplus_lr_ratio lisa_layers_attribute lisa_n_layers lisa_step_interval
+        lisa_layers_attribute lisa_n_layers lisa_step_interval
         unfrozen_parameters
     """,
     _TOKENS: """

@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hf_fastpeft.config.keys import HINT_PLUGINS, HINTS, INERT, NEUTRAL, UNSUPPORTED, nearest
-from hf_fastpeft.config.schema import DatasetConfig, FastpeftConfig, RunConfig, SoraOptions
+from hf_fastpeft.config.methods import OPTIONS, SHORTHANDS
+from hf_fastpeft.config.schema import DatasetConfig, FastpeftConfig, RunConfig
 from hf_fastpeft.errors import ConfigError
 
 __all__ = ["LoadedConfig", "load_config", "parse_config"]
@@ -19,7 +20,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "datasets": DatasetConfig,
     "test_datasets": DatasetConfig,
     "fastpeft": FastpeftConfig,
-    "fastpeft.sora": SoraOptions,
+    **{f"fastpeft.{name}": options for name, options in OPTIONS.items()},
 }
 
 
@@ -73,7 +74,7 @@ def parse_config(text: str, *, name: str = "config", overrides: Sequence[str] = 
         count = f"{len(ordered)} mistake{'s' if len(ordered) > 1 else ''}"
         raise ConfigError(f"{name}: {count} in this configuration:\n{body}")
     assert config is not None
-    return LoadedConfig(config, notices)
+    return LoadedConfig(config, [*_method_notices(kept, config), *notices])
 
 
 Problem = tuple[KeyPath, str]
@@ -206,6 +207,22 @@ def _notices(kept: Mapping[str, Any], hints: list[str], inert: list[str]) -> lis
         notices.append(f"{', '.join(hints)}: {answer}")
     if inert:
         notices.append(f"{', '.join(inert)}: without effect here and on the result")
+    return notices
+
+
+def _method_notices(kept: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What a shorthand stands for, and options of methods that are not in use."""
+    notices: list[str] = []
+    name = kept.get("adapter")
+    if name in SHORTHANDS:
+        meant = [f"{key}: {value}".lower() for key, value in SHORTHANDS[name].items()]
+        ratio = config.loraplus_lr_ratio
+        meant = [f"loraplus_lr_ratio: {ratio:g}" if item.startswith("loraplus") else item for item in meant]
+        notices.append(f"adapter: {name} stands for {', '.join(meant)}")
+    used = {config.adapter, config.peft_init_lora_weights}
+    idle = [f"fastpeft.{key}" for key in OPTIONS if key not in used and kept.get("fastpeft", {}).get(key)]
+    if idle:
+        notices.append(f"{', '.join(idle)}: without effect with adapter: {config.adapter}")
     return notices
 
 

@@ -5,12 +5,16 @@
 
 import math
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
+from hf_fastpeft.config.methods import METHODS, OPTIONS
 from hf_fastpeft.config.schema import RunConfig
 
 __all__ = ["Assignment", "adapter_config", "arguments", "assignments", "planned_steps", "quantization_config"]
 
+_INITIAL_OVER_TARGET = 1.5  # arXiv 2303.10512, appendix
+_ENOUGH_STEPS = 1_000_000  # for checks before the number of steps is known
 WARMUP_SHARE, WARMUP_MAX_STEPS = 0.03, 100
 # Tracker keys -> the environment variable its Trainer integration reads.
 _ENVIRONMENT = {
@@ -47,7 +51,7 @@ def assignments(config: RunConfig, *, total_steps: int | None = None) -> list[As
         ("trust_remote_code", "from_pretrained", "trust_remote_code", config.trust_remote_code or None),
         ("attn_implementation", "from_pretrained", "attn_implementation", _attention(config)),
         ("bf16", "from_pretrained", "dtype", _weight_dtype(config)),
-        *_adapter_rows(config),
+        *_adapter_rows(config, total_steps or config.max_steps),
         ("micro_batch_size", "SFTConfig", "per_device_train_batch_size", config.micro_batch_size),
         (
             "eval_batch_size",
@@ -116,19 +120,27 @@ def planned_steps(config: RunConfig, rows: int, world_size: int = 1) -> int:
     return max(1, math.ceil(config.num_epochs * math.ceil(batches / config.gradient_accumulation_steps)))
 
 
-def adapter_config(config: RunConfig, model: Any) -> Any:
-    """The PEFT config of a run, or None where every weight is trained."""
+def adapter_config(config: RunConfig, model: Any, *, total_steps: int | None = None) -> Any:
+    """The PEFT config of a run, or None where every weight is trained.
+
+    Args:
+        config: the run.
+        model: its base model; None for a check of the values alone.
+        total_steps: optimizer steps of the run, which AdaLoRA asks for before `AdaLoraCallback` knows them.
+    """
     if config.adapter == "none":
         return None
-    from peft import LoraConfig
-
-    from hf_fastpeft.tuners.sora import SoraConfig
-
-    name = _adapter_class(config)
-    values = arguments(config, name)
+    method = METHODS[config.adapter]
+    values = arguments(config, method.config, total_steps=total_steps or config.max_steps or _ENOUGH_STEPS)
     if config.lora_target_linear and config.lora_target_modules is not None:
         values["target_modules"] = sorted({*values["target_modules"], *_linear_names(model)})
-    return (SoraConfig if name == "SoraConfig" else LoraConfig)(**values)
+    if "eva_config" in values:
+        from peft import EvaConfig
+
+        values["eva_config"] = EvaConfig(**values["eva_config"])
+    if "tokenizer_name_or_path" in values and model is not None:
+        values["tokenizer_name_or_path"] = model.name_or_path  # of a built-in model, the folder it is in
+    return getattr(import_module(method.module), method.config)(**values)
 
 
 def quantization_config(config: RunConfig) -> Any:
@@ -141,11 +153,7 @@ def quantization_config(config: RunConfig) -> Any:
     return BitsAndBytesConfig(**values)
 
 
-def _adapter_class(config: RunConfig) -> str:
-    return "SoraConfig" if config.adapter == "sora" else "LoraConfig"
-
-
-def _adapter_rows(config: RunConfig) -> list[tuple[str, str, str, Any]]:
+def _adapter_rows(config: RunConfig, total_steps: int | None) -> list[tuple[str, str, str, Any]]:
     rows: list[tuple[str, str, str, Any]] = []
     if config.load_in_4bit:
         dtype = _weight_dtype(config)
@@ -160,23 +168,46 @@ def _adapter_rows(config: RunConfig) -> list[tuple[str, str, str, Any]]:
         rows.append(("load_in_8bit", "BitsAndBytesConfig", "load_in_8bit", True))
     if config.adapter == "none":
         return rows
-    name = _adapter_class(config)
-    targets = "all-linear" if config.lora_target_linear else None
-    if config.lora_target_modules is not None:
-        targets = config.lora_target_modules  # type: ignore[assignment]
-    rows += [
-        ("lora_r", name, "r", config.lora_r),
-        ("lora_alpha", name, "lora_alpha", config.lora_alpha),
-        ("lora_dropout", name, "lora_dropout", config.lora_dropout),
-        ("lora_target_modules" if targets != "all-linear" else "lora_target_linear", name, "target_modules", targets),
-        ("lora_modules_to_save", name, "modules_to_save", config.lora_modules_to_save),
-        ("peft_use_rslora", name, "use_rslora", config.peft_use_rslora or None),
-        ("peft_use_dora", name, "use_dora", config.peft_use_dora or None),
-        ("adapter", name, "task_type", "CAUSAL_LM"),
-    ]
-    if config.adapter == "sora":
-        for key, value in config.fastpeft.sora.model_dump(exclude_none=True).items():
-            rows.append((f"fastpeft.sora.{key}", name, key, value))
+    method = METHODS[config.adapter]
+    for key, argument in method.keys.items():
+        value = getattr(config, key)
+        if (argument is not None and value is not False) or key == "peft_init_lora_weights":
+            rows.append((key, method.config, str(argument), value))
+    if config.lora_target_linear and config.lora_target_modules is None:
+        rows.append(("lora_target_linear", method.config, "target_modules", "all-linear"))
+    rows.append(("adapter", method.config, "task_type", "CAUSAL_LM"))
+    rows += _option_rows(config, method.config, total_steps)
+    if config.loraplus_lr_ratio is not None:
+        target = "create_loraplus_optimizer"
+        rows += [
+            ("loraplus_lr_ratio", target, "loraplus_lr_ratio", config.loraplus_lr_ratio),
+            ("loraplus_lr_embedding", target, "loraplus_lr_embedding", config.loraplus_lr_embedding),
+        ]
+    if method.callbacks:
+        rows.append(("adapter", "SFTTrainer", "callbacks", list(method.callbacks)))
+    return rows
+
+
+def _option_rows(config: RunConfig, target: str, total_steps: int | None) -> list[tuple[str, str, str, Any]]:
+    """The method's own section of ``fastpeft:``, and what it needs that no key gives."""
+    name = config.adapter
+    rows: list[tuple[str, str, str, Any]] = []
+    if config.peft_init_lora_weights == "eva":
+        rows.append(("fastpeft.eva", target, "eva_config", config.fastpeft.eva.model_dump(exclude_none=True)))
+    if name not in OPTIONS:
+        return rows
+    section = getattr(config.fastpeft, name)
+    for key, value in section.model_dump(exclude_none=True).items():
+        argument = "deltaT" if (name, key) == ("adalora", "delta_t") else key
+        if name == "adalora" and isinstance(value, float) and key in ("tinit", "tfinal"):
+            value = f"{value:.0%} of the steps" if total_steps is None else round(value * total_steps)
+        rows.append((f"fastpeft.{name}.{key}", target, argument, value))
+    if name in ("adalora", "adaptive_lora") and section.target_r is None:
+        rows.append(("lora_r", target, "target_r", max(1, round(config.lora_r / _INITIAL_OVER_TARGET))))
+    if name == "adalora":
+        rows.append(("max_steps", target, "total_step", total_steps or config.max_steps or "all steps of the run"))
+    if name == "prompt" and section.prompt_tuning_init == "TEXT":
+        rows.append(("base_model", target, "tokenizer_name_or_path", config.base_model))
     return rows
 
 

@@ -5,35 +5,37 @@ Defaults are Axolotl's where it has one, else those of TRL and PEFT. Everything 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hf_fastpeft.config.keys import nearest
+from hf_fastpeft.config.methods import (
+    AdaloraOptions,
+    AdaptiveLoraOptions,
+    BelowOne,
+    BottleneckOptions,
+    EvaOptions,
+    Float,
+    Ia3Options,
+    Int,
+    NonNegativeFloat,
+    PositiveInt,
+    PrefixOptions,
+    PromptOptions,
+    PtuningOptions,
+    SoraOptions,
+    Strict,
+    contradictions,
+    expand,
+)
 
 __all__ = ["DatasetConfig", "FastpeftConfig", "RunConfig", "SoraOptions"]
 
 
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not true or false")
-    return value
-
-
-# PyYAML reads `2e-5` as a string; pydantic's lax mode turns it into the number that was meant.
-Int = Annotated[int, BeforeValidator(_not_bool)]
-Float = Annotated[float, BeforeValidator(_not_bool)]
-PositiveInt = Annotated[Int, Field(gt=0)]
-NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
-BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 Auto = Literal["auto"] | bool
 
 
-class _Strict(BaseModel):
-    # Names such as `model_type` are Axolotl's; pydantic would reserve the prefix.
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
-class DatasetConfig(_Strict):
+class DatasetConfig(Strict):
     """One entry of ``datasets`` or ``test_datasets``."""
 
     path: str
@@ -47,7 +49,7 @@ class DatasetConfig(_Strict):
     field_messages: str = "messages"
     message_field_role: str = "role"
     message_field_content: str = "content"
-    roles_to_train: list[str] = ["assistant"]
+    roles_to_train: list[str] = Field(default=["assistant"])
     field: str = "text"
     """Column of ``type: completion``."""
     field_prompt: str = "prompt"
@@ -62,26 +64,21 @@ class DatasetConfig(_Strict):
         return "chat_template" if value == "chat_template.default" else value
 
 
-class SoraOptions(_Strict):
-    """Fields of `hf_fastpeft.SoraConfig`; a field left out keeps that class's default."""
-
-    sparse_lambda: NonNegativeFloat | None = None
-    gate_scale: Annotated[Float, Field(gt=0)] | None = None
-    gate_init: Literal["ones", "randn"] | None = None
-    warmup_ratio: BelowOne | None = None
-    settle_ratio: BelowOne | None = None
-    target_r: Annotated[Float, Field(gt=0)] | None = None
-    """Mean rank a module keeps at the end of the run."""
-    min_rank: Annotated[Int, Field(ge=0)] | None = None
-
-
-class FastpeftConfig(_Strict):
+class FastpeftConfig(Strict):
     """Keys of this package."""
 
     patch: bool = True
     """Fuse the model's forward and backward with `hf_fastpeft.patch_model`."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     sora: SoraOptions = SoraOptions()
+    adalora: AdaloraOptions = AdaloraOptions()
+    adaptive_lora: AdaptiveLoraOptions = AdaptiveLoraOptions()
+    bottleneck: BottleneckOptions = BottleneckOptions()
+    ia3: Ia3Options = Ia3Options()
+    prefix: PrefixOptions = PrefixOptions()
+    prompt: PromptOptions = PromptOptions()
+    ptuning: PtuningOptions = PtuningOptions()
+    eva: EvaOptions = EvaOptions()
     samples: Annotated[Int, Field(ge=0, le=20)] = 0
     """Held-out prompts answered before and after training."""
     sample_tokens: PositiveInt = 40
@@ -90,7 +87,7 @@ class FastpeftConfig(_Strict):
     plots: bool = True
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One supervised fine-tuning run. Load it from YAML with `hf_fastpeft.config.load_config`."""
 
     base_model: str
@@ -98,10 +95,14 @@ class RunConfig(_Strict):
     model_type: str = "AutoModelForCausalLM"
     tokenizer_type: str = "AutoTokenizer"
     trust_remote_code: bool = False
-    special_tokens: dict[Literal["bos_token", "eos_token", "pad_token", "unk_token"], str] = {}
+    special_tokens: dict[Literal["bos_token", "eos_token", "pad_token", "unk_token"], str] = Field(default={})
 
-    adapter: Literal["lora", "qlora", "sora", "none"] = "none"
-    """``none`` trains every weight."""
+    adapter: Literal[
+        "lora", "qlora", "rslora", "dora", "loraplus", "pissa", "eva",
+        "sora", "adalora", "adaptive_lora", "bottleneck", "ia3", "prefix", "prompt", "ptuning", "full", "none",
+    ] = "none"  # fmt: skip
+    """``none`` trains every weight. ``rslora``, ``dora``, ``loraplus``, ``pissa`` and ``eva`` are ``lora`` with the
+    key of that name below, ``full`` is ``none``. Options of the methods are in ``fastpeft:``."""
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     lora_r: PositiveInt = 8
@@ -114,9 +115,15 @@ class RunConfig(_Strict):
     lora_modules_to_save: list[str] | None = None
     peft_use_rslora: bool = False
     peft_use_dora: bool = False
+    peft_init_lora_weights: bool | str | None = None
+    """true, false, gaussian, orthogonal, pissa, olora or eva."""
+    loraplus_lr_ratio: Annotated[Float, Field(gt=0)] | None = None
+    """LoRA+: the learning rate of B over that of A (arXiv 2402.12354)."""
+    loraplus_lr_embedding: Annotated[Float, Field(gt=0)] = 1e-6
+    """LoRA+: the learning rate of adapters on embeddings."""
 
     datasets: Annotated[list[DatasetConfig], Field(min_length=1)]
-    test_datasets: list[DatasetConfig] = []
+    test_datasets: list[DatasetConfig] = Field(default=[])
     val_set_size: NonNegativeFloat = 0.0
     """Share of the rows if below 1, number of rows otherwise."""
     sequence_len: PositiveInt = 512
@@ -184,6 +191,18 @@ class RunConfig(_Strict):
     fastpeft: FastpeftConfig = FastpeftConfig()
 
     @property
+    def method(self) -> str:
+        """The adapter and its variants in words."""
+        variants = {
+            "rsLoRA": self.peft_use_rslora,
+            "DoRA": self.peft_use_dora,
+            f"init {self.peft_init_lora_weights}": isinstance(self.peft_init_lora_weights, str),
+            f"LoRA+ x {self.loraplus_lr_ratio:g}" if self.loraplus_lr_ratio else "": self.loraplus_lr_ratio,
+        }
+        found = [name for name, on in variants.items() if on]
+        return self.adapter + (f" ({', '.join(found)})" if found else "")
+
+    @property
     def is_quantized(self) -> bool:
         """Whether the base model is loaded in 4 or 8 bits."""
         return self.load_in_4bit or self.load_in_8bit
@@ -215,6 +234,11 @@ class RunConfig(_Strict):
             raise ValueError(f"not a schedule of Trainer{nearest(value, known)}; known: {', '.join(sorted(known))}")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        return expand(data) if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _together(self) -> "RunConfig":
         """Combinations that contradict each other, all of them at once."""
@@ -226,8 +250,6 @@ class RunConfig(_Strict):
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         no_adapter = self.adapter == "none"
-        peft_only = self.peft_use_dora or self.peft_use_rslora
-        targets = self.lora_target_modules is not None or self.lora_target_linear
         attention = sum(
             (self.flash_attention, self.sdp_attention, self.eager_attention, bool(self.attn_implementation))
         )
@@ -238,12 +260,7 @@ class RunConfig(_Strict):
                 no_adapter and self.is_quantized,
                 "adapter: none cannot train 4- or 8-bit weights; use adapter: qlora, lora or sora",
             ),
-            (
-                self.adapter == "sora" and self.peft_use_dora,
-                "peft_use_dora: DoRA has no gates to prune; use adapter: lora, or remove it",
-            ),
-            (no_adapter and peft_only, "adapter: none has no use for peft_use_dora and peft_use_rslora; remove them"),
-            (no_adapter and targets, "adapter: none has no use for lora_target_*; use adapter: lora, or remove them"),
+            *contradictions(self),
             (
                 self.warmup_ratio is not None and self.warmup_steps is not None,
                 "warmup_steps: together with warmup_ratio; keep one of them",

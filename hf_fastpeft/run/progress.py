@@ -44,7 +44,8 @@ class ProgressCallback(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = {"loss": "loss", "eval_loss": "validation", "sora/kept_rank": "kept rank"}
+        ranks = dict.fromkeys(("sora/kept_rank", "adalora/kept_rank"), "kept rank")
+        shown = {"loss": "loss", "eval_loss": "validation", **ranks}
         new = {label: _number((logs or {})[key]) for key, label in shown.items() if key in (logs or {})}
         scored = {"loss", "validation"} & set(new)  # not the summary at the end, which repeats the last step
         if not scored or not state.is_world_process_zero:

@@ -38,7 +38,7 @@ def introduce(console: Console, config: RunConfig, trainer: Any, notices: list[s
     model = trainer.model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    _say(console, f"{config.base_model}, adapter {config.adapter}: {trainable:,} of {total:,} parameters are trained")
+    _say(console, f"{config.base_model}, adapter {config.method}: {trainable:,} of {total:,} parameters are trained")
     held_out = len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0
     device = torch.device(trainer.args.device)
     _say(console, f"{len(trainer.train_dataset):,} training rows, {held_out:,} validation rows, on {device}")
@@ -119,7 +119,7 @@ def _pictures(console: Console, config: RunConfig, result: RunResult) -> list[st
         return []
     from hf_fastpeft.run.plots import plot_loss, plot_ranks
 
-    title = f"{Path(config.base_model).name.removeprefix('builtin:')}, {config.adapter}"
+    title = f"{Path(config.base_model).name.removeprefix('builtin:')}, {config.method}"
     written = ["loss.png"]
     plot_loss(result.history, result.output_dir / "loss.png", title=title, before=result.loss_before)
     if result.kept_ranks:

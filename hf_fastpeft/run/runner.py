@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from hf_fastpeft.config.mapping import adapter_config, arguments, planned_steps, quantization_config
+from hf_fastpeft.config.methods import PROMPT_METHODS
 from hf_fastpeft.config.schema import RunConfig
 from hf_fastpeft.errors import ConfigError, NothingToPatchError, UnknownFamilyError
-from hf_fastpeft.run.data import IGNORED, Example, RunData, encode, prompt_ids, read_data
+from hf_fastpeft.run.data import Example, RunData, encode, prompt_ids, read_data
 from hf_fastpeft.run.folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
 from hf_fastpeft.run.result import RunResult, Sample
 
@@ -66,7 +67,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
             if data.held_out:
                 eval_rows, more = encode(data.held_out, tokenizer, config, what="validation data")
                 notices = notices + more
-            loaded = load_model(config, source, tokenizer)
+            loaded = load_model(config, source, tokenizer, total_steps=_steps(config, train_rows))
         run = _Run(config, console, loaded, train_rows, eval_rows, seconds)
         introduce(console, config, run.trainer, notices, checkpoint)
         result = run.execute(data, checkpoint)
@@ -107,8 +108,8 @@ def load_tokenizer(config: RunConfig, source: str) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig, source: str, tokenizer: Any) -> Loaded:
-    """The base model, quantised if asked, and the PEFT config to wrap it with.
+def load_model(config: RunConfig, source: str, tokenizer: Any, *, total_steps: int | None = None) -> Loaded:
+    """The base model, quantised if asked, and the PEFT config to wrap it with for ``total_steps`` optimizer steps.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -123,7 +124,7 @@ def load_model(config: RunConfig, source: str, tokenizer: Any) -> Loaded:
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise _unloadable(config, error) from error
-    return Loaded(model, tokenizer, _adapter(config, model))
+    return Loaded(model, tokenizer, _adapter(config, model, total_steps))
 
 
 def _unloadable(config: RunConfig, error: Exception) -> ConfigError:
@@ -132,12 +133,12 @@ def _unloadable(config: RunConfig, error: Exception) -> ConfigError:
     return ConfigError(f"base_model: {config.base_model}: cannot be loaded{offline}: {reason}")
 
 
-def _adapter(config: RunConfig, model: Any) -> Any:
+def _adapter(config: RunConfig, model: Any, total_steps: int | None = None) -> Any:
     """The PEFT config; without a model, only a check that its values go together."""
     try:
         if model is None:
             config = config.model_copy(update={"lora_target_linear": False})
-        return adapter_config(config, model)
+        return adapter_config(config, model, total_steps=total_steps)
     except ValueError as error:
         raise ConfigError(f"adapter: {config.adapter}: {error}") from error
 
@@ -156,6 +157,8 @@ def _told_how_to_go_on() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, _prepare_model).
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # TRL makes the adapter and has no such option.
+            warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
             yield
     except (UnknownFamilyError, NothingToPatchError) as error:
         raise type(error)(f"{error} To train it unpatched, set fastpeft.patch: false.") from error
@@ -174,28 +177,30 @@ class _Run:
         seconds: dict[str, float],
     ) -> None:
         from transformers import PrinterCallback
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTConfig
 
+        from hf_fastpeft.run.methods import MethodParts
         from hf_fastpeft.run.progress import ProgressCallback, StopCallback
 
         self.config, self.tokenizer, self.seconds = config, loaded.tokenizer, seconds
         self.stop, self.progress = StopCallback(console), ProgressCallback(console)
-        self.sora, self.patcher = _method_callbacks(config)
-        steps = planned_steps(config, len(train_rows), int(os.environ.get("WORLD_SIZE", "1")))
+        self.parts = MethodParts(config, train_rows, loaded.tokenizer)
+        steps = _steps(config, train_rows)
         options = arguments(config, "SFTConfig", total_steps=steps)
         if eval_rows is None:
             options["eval_strategy"] = "no"
         os.environ.update(arguments(config, "environment"))
         with _timed(seconds, "trainer"), _told_how_to_go_on():
-            self.trainer = SFTTrainer(
+            self.trainer = self.parts.trainer(
                 model=loaded.model,
                 args=SFTConfig(**options, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available()),
                 train_dataset=train_rows,
                 eval_dataset=eval_rows,
                 processing_class=loaded.tokenizer,
                 peft_config=loaded.adapter,
-                callbacks=[c for c in (self.patcher, self.sora, self.progress, self.stop) if c is not None],
+                callbacks=[*self.parts.callbacks, self.progress, self.stop],
             )
+            self.parts.remember_start(self.trainer.model)
         self.trainer.remove_callback(PrinterCallback)
         self.has_eval = eval_rows is not None
 
@@ -258,6 +263,9 @@ class _Run:
         """Greedy continuations of the prompts, all in one batch padded on the left."""
         if not probes:
             return []
+        if self.config.adapter in PROMPT_METHODS and len(probes) > 1:
+            # Padding would stand between the virtual tokens and the prompt, and PEFT drops position ids.
+            return [answer for probe in probes for answer in self._answers([probe])]
         model = self.trainer.model
         prompts = [prompt_ids(probe, self.tokenizer) for probe in probes]
         longest = max(len(ids) for ids in prompts)
@@ -265,7 +273,8 @@ class _Run:
         ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -283,31 +292,14 @@ class _Run:
         with _timed(self.seconds, "saving"):
             result.adapter_dir = result.output_dir / ("model" if self.config.adapter == "none" else "adapter")
             self.trainer.save_model(str(result.adapter_dir))
-            if self.sora is not None:
-                from hf_fastpeft.export import export_to_lora
-                from hf_fastpeft.tuners.sora import kept_ranks
-
-                result.lora_dir = result.output_dir / "lora"
-                export_to_lora(model, result.lora_dir, overwrite=True)
-                result.kept_ranks = dict(kept_ranks(model))
-                result.rank_history = [(int(step), dict(ranks)) for step, ranks in self.sora.history]
-        patched = getattr(self.patcher, "patched", None)
+            self.parts.save(model, result)
+        patched = getattr(self.parts.patcher, "patched", None)
         if patched is not None:
             result.patch, result.patch_text = patched.to_json(), patched.report()
 
 
-def _method_callbacks(config: RunConfig) -> tuple[Any, Any]:
-    """Callbacks the adapter and the patch need, None where not asked for."""
-    sora = patcher = None
-    if config.adapter == "sora":
-        from hf_fastpeft.callbacks.sora import SoraCallback
-
-        sora = SoraCallback()
-    if config.fastpeft.patch:
-        from hf_fastpeft.callbacks.fastpeft import FastPeftCallback
-
-        patcher = FastPeftCallback(impl=config.fastpeft.impl)
-    return sora, patcher
+def _steps(config: RunConfig, rows: Any) -> int:
+    return planned_steps(config, len(rows), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def model_and_batch(config: RunConfig, rows: int, *, notify: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -317,6 +309,7 @@ def model_and_batch(config: RunConfig, rows: int, *, notify: Any = None) -> tupl
         ConfigError: see `train`.
         DataError: see `train`.
     """
+    from hf_fastpeft.run.methods import padded
     from hf_fastpeft.run.progress import quiet_bars
 
     with quiet_bars():
@@ -333,18 +326,10 @@ def model_and_batch(config: RunConfig, rows: int, *, notify: Any = None) -> tupl
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         with _told_how_to_go_on():
             model = get_peft_model(model, loaded.adapter)
-        # A new adapter's B is zero, which makes the gradients of A and of a gate zero whatever computes them.
+        # A new adapter is zero in one of its factors, which makes other gradients zero whatever computes them.
         generator = torch.Generator().manual_seed(config.seed)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                noise = 0.02 * torch.randn(parameter.shape, generator=generator)
-                parameter.data.copy_(noise)
-    pad = tokenizer.pad_token_id or 0
-    longest = max(len(row["input_ids"]) for row in encoded)
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for row in encoded:
-        gap = longest - len(row["input_ids"])
-        columns["input_ids"].append(row["input_ids"] + [pad] * gap)
-        columns["attention_mask"].append([1] * len(row["input_ids"]) + [0] * gap)
-        columns["labels"].append(row["labels"] + [IGNORED] * gap)
-    return model.train(), {name: torch.tensor(values, device=model.device) for name, values in columns.items()}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_((0.02 * torch.randn(parameter.shape, generator=generator)).to(parameter))
+    batch = padded(encoded, tokenizer.pad_token_id or 0)
+    return model.train(), {name: values.to(model.device) for name, values in batch.items()}

@@ -253,8 +253,6 @@ class FastCausalLM(FastModule):
             return "return_dict=False"
         if given.get("output_router_logits"):
             return "router logits"
-        if getattr(self, "_is_replica", False):
-            return "DataParallel (it gathers the logits)"
         return self._loss_obstacle()
 
     def _fused_loss(self, given: dict[str, Any]) -> CausalLMOutputWithLazyLogits:

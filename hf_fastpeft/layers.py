@@ -419,7 +419,7 @@ class FastBackbone(FastModule):
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
         if stock in cls.__bases__:
-            cls.forward = _counted_forward(stock)  # type: ignore[assignment]
+            cls.forward = _counted_forward(stock)
 
 
 class FastDecoderLayer(FastModule):

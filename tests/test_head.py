@@ -699,9 +699,9 @@ def test_generation_is_stocks():
 
 
 def test_data_parallel_replicas_run_stock():
-    """Gathering asks every replica for its logits."""
+    """They share what is counted and copied; and gathering would ask every replica for its logits."""
     model = adapted_llama("lora", torch.float32)
     patch_model(model)
     causal(model)._is_replica = True
     assert type(model(**BATCH)) is CausalLMOutputWithPast
-    assert head_calls(model) == (0, {"DataParallel (it gathers the logits)": 1})
+    assert head_calls(model) == (0, {"a replica of DataParallel": 1})

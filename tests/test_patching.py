@@ -233,7 +233,9 @@ def test_layers_checkpointed_by_hand_see_the_present_adapters():
     stock = adapted_llama("lora")
     fast = twin(stock)
     patch_model(fast)
-    x, angles = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(1, 5, 8, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 32, generator=g, dtype=torch.float64)
+    angles = torch.randn(1, 5, 8, generator=g, dtype=torch.float64)
     cos_sin = angles.cos(), angles.sin()
     for _ in range(3):
         found = []
@@ -247,7 +249,7 @@ def test_layers_checkpointed_by_hand_see_the_present_adapters():
             found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
             for name, p in model.named_parameters():
                 if "lora_" in name:
-                    p.data.add_(0.1)
+                    p.data.add_(0.01)  # a larger step saturates attention: q's gradient cancels to nothing
         assert all(rel_err(found[1][name], want) < FLOAT64_REL for name, want in found[0].items())
 
 
@@ -328,7 +330,9 @@ def test_a_layer_called_on_its_own_sees_the_present_adapter():
     stock = adapted_llama("lora")
     fast = twin(stock)
     patch_model(fast)
-    x, angles = torch.randn(1, 5, 32, dtype=torch.float64), torch.randn(1, 5, 8, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, 32, generator=g, dtype=torch.float64)
+    angles = torch.randn(1, 5, 8, generator=g, dtype=torch.float64)
     for change in (0.0, 0.5):
         outs = []
         for model in (stock, fast):

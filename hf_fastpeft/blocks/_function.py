@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from hf_fastpeft.blocks.adapters import Stack
-from hf_fastpeft.blocks.projection import Draw, Plan
+from hf_fastpeft.blocks.projection import Draw, Plan, project
 from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
-from hf_fastpeft.ops.rms_norm import rms_norm_bwd, rms_norm_fwd
+from hf_fastpeft.ops.rms_norm import Norm, rms_norm_bwd, rms_norm_fwd
 
-__all__ = ["draw_of", "flatten", "norm_bwd", "norm_fwd", "rebuild", "tokens"]
+__all__ = ["draw_of", "flatten", "kind_of", "norm_bwd", "norm_fwd", "project_onto", "rebuild", "tokens"]
 
 
 def flatten(stack: Stack) -> list[torch.Tensor | None]:
@@ -96,3 +96,21 @@ def norm_bwd(
         out=x_TI,
     )
     return d_h_TI, d_weight_I, None if x_TI is None else x_TI.to(plan.dtype)
+
+
+def kind_of(norm: Norm | None) -> tuple[float, bool] | None:
+    """A norm without its weight: ``(eps, unit_offset)``."""
+    return None if norm is None else (norm.eps, norm.unit_offset)
+
+
+def project_onto(
+    x_TI: torch.Tensor, residual: torch.Tensor | None, stack: Stack, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`project` with the residual, in the dtype that their sum has."""
+    if residual is None:
+        return project(x_TI, stack, plan)
+    residual_TO = tokens(residual)
+    if residual.dtype == plan.dtype:
+        return project(x_TI, stack, plan, residual_TO)
+    out_TO, P_TR = project(x_TI, stack, plan)
+    return residual_TO + out_TO, P_TR

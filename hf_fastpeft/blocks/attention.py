@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fastpeft.blocks._function import draw_of, flatten, norm_bwd, norm_fwd, rebuild, tokens
+from hf_fastpeft.blocks._function import (
+    draw_of,
+    flatten,
+    kind_of,
+    norm_bwd,
+    norm_fwd,
+    project_onto,
+    rebuild,
+    tokens,
+)
 from hf_fastpeft.blocks.adapters import SideCache, Stack
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, make_plan, needs_input, project, project_bwd
 from hf_fastpeft.border import room_for
@@ -29,7 +38,7 @@ class _Layout(NamedTuple):
     head_dim: int
     heads: tuple[int, int]  # of the queries, of the keys
     norm: tuple[float, bool] | None
-    qk_norm: tuple[tuple[float, bool], tuple[float, bool]] | None
+    qk_norm: tuple[tuple[float, bool], ...] | None
     residual: bool
 
     def split(self, z_TO: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
@@ -166,19 +175,6 @@ class _AttentionOut(torch.autograd.Function):
         return d_x, d_out.view(ctx.out_shape) if ctx.needs_input_grad[1] else None, None, *grads
 
 
-def project_onto(
-    x_TI: torch.Tensor, residual: torch.Tensor | None, stack: Stack, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`project` with the residual, in the dtype that their sum has."""
-    if residual is None:
-        return project(x_TI, stack, plan)
-    residual_TO = tokens(residual)
-    if residual.dtype == plan.dtype:
-        return project(x_TI, stack, plan, residual_TO)
-    out_TO, P_TR = project(x_TI, stack, plan)
-    return residual_TO + out_TO, P_TR
-
-
 def attention_in(
     h: torch.Tensor,
     cos: torch.Tensor,
@@ -215,7 +211,11 @@ def attention_in(
         in ``dtype``.
     """
     layout = _Layout(
-        head_dim, heads, _kind(norm), None if qk_norm is None else (_kind(qk_norm[0]), _kind(qk_norm[1])), residual
+        head_dim,
+        heads,
+        kind_of(norm),
+        None if qk_norm is None else tuple((n.eps, n.unit_offset) for n in qk_norm),
+        residual,
     )
     q_weight, k_weight = (None, None) if qk_norm is None else (qk_norm[0].weight, qk_norm[1].weight)
     return _AttentionIn.apply(  # type: ignore[no-any-return,no-untyped-call]
@@ -229,10 +229,6 @@ def attention_in(
         make_plan(stack, dtype, impl, h, adapters, room="both"),
         *flatten(stack),
     )
-
-
-def _kind(norm: Norm | None) -> Any:
-    return None if norm is None else (norm.eps, norm.unit_offset)
 
 
 def attention_out(

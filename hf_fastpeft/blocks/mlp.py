@@ -8,9 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fastpeft.blocks._function import draw_of, flatten, norm_bwd, norm_fwd, rebuild, tokens
+from hf_fastpeft.blocks._function import (
+    draw_of,
+    flatten,
+    kind_of,
+    norm_bwd,
+    norm_fwd,
+    project_onto,
+    rebuild,
+    tokens,
+)
 from hf_fastpeft.blocks.adapters import SideCache, Stack
-from hf_fastpeft.blocks.attention import _kind, project_onto
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, make_plan, needs_input, project, project_bwd
 from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
@@ -128,7 +136,7 @@ def mlp(
         of ``h`` where it is added.
     """
     assert norm is not None or not residual
-    layout = _Layout(activation, _kind(norm), residual)
+    layout = _Layout(activation, kind_of(norm), residual)
     plan = make_plan(stack, dtype, impl, h, adapters, room="both")
     down_plan = make_plan([down], dtype, impl, h, adapters, room="input")
     out_TI = _MLP.apply(  # type: ignore[no-untyped-call]

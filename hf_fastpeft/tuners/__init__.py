@@ -21,12 +21,12 @@ def methods() -> dict[str, tuple[Any, Any]]:
 def register() -> None:
     """Register every method with PEFT and its layers with the fused blocks; calling it again changes nothing."""
     from hf_fastpeft.lowrank import register_reader
+    from hf_fastpeft.tuners._gated_reader import read_gated_layer
     from hf_fastpeft.tuners._peft import add_peft_type, register_method
     from hf_fastpeft.tuners.adalora.reader import register_readers
     from hf_fastpeft.tuners.sora.layer import SoraLinear
-    from hf_fastpeft.tuners.sora.reader import read_sora_layer
 
     for name, (config_cls, model_cls) in methods().items():
         register_method(add_peft_type(name), config_cls, model_cls)
-    register_reader(SoraLinear, read_sora_layer)
+    register_reader(SoraLinear, read_gated_layer)
     register_readers()

@@ -1,4 +1,4 @@
-"""How the fused blocks read the layers of this folder: PEFT's own ``SVDLinear`` and ours.
+"""How the fused blocks read PEFT's own ``SVDLinear``; ours are gated layers like SoRA's.
 
     y = x Wᵀ + b + s ((drop(x) Aᵀ) * E) Bᵀ        PEFT's: s = lora_alpha / (ranknum + 1e-5)
 
@@ -14,10 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-from hf_fastpeft.lowrank import LowRank, intercepted, is_plain, read_linear, read_lora_layer
-from hf_fastpeft.tuners._gated import GatedLinear
+from hf_fastpeft.lowrank import LowRank, intercepted, is_plain, read_linear
 
-__all__ = ["allocated", "read_adaptive_lora_layer", "read_svd_linear", "register_readers"]
+__all__ = ["allocated", "read_svd_linear", "register_readers"]
 
 _EPSILON = 1e-5  # PEFT's, beside ranknum
 
@@ -115,23 +114,11 @@ def _divisor(ranknum: torch.Tensor) -> float | str:
     return value
 
 
-def read_adaptive_lora_layer(layer: Any) -> LowRank | str:
-    """The record of an ``AdaptiveLoraLinear`` in its current state, or the reason why it must run stock."""
-    record = read_lora_layer(layer, GatedLinear)
-    if isinstance(record, str) or record.A is None:
-        return record
-    (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
-    gated: GatedLinear = layer.lora_A[name]
-    if reason := intercepted(gated.gate):
-        return reason
-    gated.warn_if_never_pruned()
-    return record._replace(gate=gated.gate.weight, gate_scale=gated.gate.scale)
-
-
 def register_readers() -> None:
     """Teach the fused blocks this folder's layers."""
     from hf_fastpeft.lowrank import register_reader
+    from hf_fastpeft.tuners._gated_reader import read_gated_layer
     from hf_fastpeft.tuners.adalora.layer import AdaptiveLoraLinear
 
     register_reader(SVDLinear, read_svd_linear)
-    register_reader(AdaptiveLoraLinear, read_adaptive_lora_layer)
+    register_reader(AdaptiveLoraLinear, read_gated_layer)

@@ -1,15 +1,15 @@
-"""How the fused blocks read a SoRA layer: a LoRA layer's record with the gate of its one active adapter."""
+"""How the fused blocks read a gated layer (SoRA, adaptive LoRA): a LoRA record with its one active adapter's gate."""
 
 from typing import Any
 
 from hf_fastpeft.lowrank import LowRank, intercepted, read_lora_layer
-from hf_fastpeft.tuners.sora.layer import GatedLinear
+from hf_fastpeft.tuners._gated import GatedLinear
 
-__all__ = ["read_sora_layer"]
+__all__ = ["read_gated_layer"]
 
 
-def read_sora_layer(layer: Any) -> LowRank | str:
-    """The record of a ``SoraLinear`` in its current state, or the reason why it must run stock."""
+def read_gated_layer(layer: Any) -> LowRank | str:
+    """The record of a layer whose A is a ``GatedLinear``, in its current state, or why it must run stock."""
     record = read_lora_layer(layer, GatedLinear)
     if isinstance(record, str) or record.A is None:
         return record

@@ -24,11 +24,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fastpeft.blocks import attention_in, attention_out, mlp
 from hf_fastpeft.blocks.adapters import SideCache
-from hf_fastpeft.lowrank import LowRank, compute_dtype, intercepted, is_plain, read
+from hf_fastpeft.blocks.bundle import Bundle
+from hf_fastpeft.lowrank import intercepted, is_plain, read
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm
 from hf_fastpeft.routing import Route, Routing
+from hf_fastpeft.watch import Watch
 
 __all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastModule", "FastRMSNorm", "Site"]
 
@@ -38,6 +40,16 @@ REPLICA = "a replica of DataParallel"
 TRANSFORMED = "torch.func or forward-mode differentiation"
 
 
+class Readings(dict[str, tuple[Watch, tuple[Bundle, ...]]]):
+    """Of each block of a module what was read last, and the watch over it; a copy of the module starts without."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Readings":
+        return Readings()
+
+    def __reduce__(self) -> tuple[type["Readings"], tuple[()]]:
+        return Readings, ()
+
+
 @dataclass(slots=True)
 class Site:
     """What a patched module remembers: its options and what happened to each of its blocks so far."""
@@ -45,6 +57,7 @@ class Site:
     impl: Impl
     adapters: SideCache = field(default_factory=SideCache)  # these two are one for all sites of a model
     routing: Routing = field(default_factory=Routing)
+    readings: Readings = field(default_factory=Readings)
     fused: Counter[str] = field(default_factory=Counter)
     stock: Counter[tuple[str, str]] = field(default_factory=Counter)  # (block, reason) -> calls
 
@@ -97,12 +110,37 @@ class FastModule(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Before the linears' turn: savers want contiguous weights in memory of their own."""
+        self._fastpeft.readings.clear()
         self._fastpeft.adapters.release(self, getattr(self, "linears", {}).values())
         super()._save_to_state_dict(*args, **kwargs)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves and casts: nothing of the old memory is to be kept."""
+        self._fastpeft.readings.clear()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def obstacle(self, block: str) -> str | None:
         """Why ``block`` would run stock in the adapters' and dropouts' present state; None if it would be fused."""
+        found = self._read(block, Watch())
+        return found if isinstance(found, str) else None
+
+    def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
+        """The stacks of linears that ``block`` multiplies with, or why it must run stock."""
         raise NotImplementedError
+
+    def _bundles(self, block: str) -> tuple[Bundle, ...] | str:
+        """:meth:`_read`, again only after something that it looked at has changed."""
+        readings = self._fastpeft.readings
+        known = readings.get(block)
+        if known is not None and known[0].same():
+            return known[1]
+        watch = Watch()
+        found = self._read(block, watch)
+        if isinstance(found, str) or watch.volatile:
+            readings.pop(block, None)
+        else:
+            readings[block] = watch, found
+        return found
 
     def _may_fuse(self) -> str | None:
         """What rules out every block of this call, before any layer is read."""
@@ -119,20 +157,20 @@ class FastModule(nn.Module):
         return None
 
 
-def _read_stack(owner: nn.Module, names: tuple[str, ...]) -> tuple[LowRank, ...] | str:
+def _read_stack(owner: nn.Module, names: tuple[str, ...], watch: Watch) -> Bundle | str:
     records = []
     for name in names:
-        record = read(getattr(owner, name))
+        record = read(watch.child(owner, name), watch)
         if isinstance(record, str):
             return f"{name}: {record}"
         records.append(record)
-    return tuple(records)
+    return Bundle(records)
 
 
-def _dtype_of(x: torch.Tensor, stack: tuple[LowRank, ...]) -> torch.dtype | str:
-    found = {compute_dtype(x, low.weight) for low in stack}
+def _dtype_of(x: torch.Tensor, bundles: tuple[Bundle, ...]) -> torch.dtype | str:
+    found = {bundle.dtype_for(x) for bundle in bundles}
     dtype = found.pop() if len(found) == 1 else None
-    return dtype if dtype is not None else f"mixed dtypes: input {x.dtype}, weights {stack[0].weight.dtype}"
+    return dtype if dtype is not None else f"mixed dtypes: input {x.dtype}, weights {bundles[0][0].weight.dtype}"
 
 
 class FastRMSNorm(FastModule):
@@ -144,12 +182,13 @@ class FastRMSNorm(FastModule):
     weight: torch.Tensor
 
     def obstacle(self, block: str) -> str | None:
-        if not is_plain(self.weight):
-            return f"weight is a {type(self.weight).__name__}"
-        if self.weight.is_meta:
+        weight = self.weight
+        if not is_plain(weight):
+            return f"weight is a {type(weight).__name__}"
+        if weight.is_meta:
             return "weight is on the meta device (offloaded)"
         # stock rounds to float32 here: only its own order of operations is equal to float64's last digits
-        return "float64 model (stock computes this norm in float32)" if self.weight.dtype == torch.float64 else None
+        return "float64 model (stock computes this norm in float32)" if weight.dtype == torch.float64 else None
 
     def parameters_of(self) -> Norm:
         """What a block needs to run this norm itself; counts as a fused call."""
@@ -187,21 +226,18 @@ class FastMLP(FastModule):
     def _activation(self) -> nn.Module:
         return getattr(self, self.activation_name)  # type: ignore[no-any-return]
 
-    def _stacks(self) -> tuple[tuple[LowRank, ...], tuple[LowRank, ...]] | str:
+    def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
         act = self._activation()
-        if type(act).__name__ not in self.activations:
+        watch.child(self, self.activation_name)
+        if watch.kind(act).__name__ not in self.activations:
             return f"activation {type(act).__name__}"
-        if reason := intercepted(act):
+        if reason := intercepted(act, watch):
             return reason
-        stack = _read_stack(self, self.linears["mlp"])
+        stack = _read_stack(self, self.linears["mlp"], watch)
         if isinstance(stack, str):
             return stack
-        down = _read_stack(self, self.linears["mlp_down"])
+        down = _read_stack(self, self.linears["mlp_down"], watch)
         return down if isinstance(down, str) else (stack, down)
-
-    def obstacle(self, block: str) -> str | None:
-        stacks = self._stacks()
-        return stacks if isinstance(stacks, str) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)
@@ -209,8 +245,8 @@ class FastMLP(FastModule):
     def run(self, h: torch.Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> torch.Tensor:
         """The module's output for ``norm(h)``, plus ``h`` where ``residual`` is asked for."""
         site = self._fastpeft
-        stacks = self._may_fuse() or self._stacks()
-        dtype = stacks if isinstance(stacks, str) else _dtype_of(h, (*stacks[0], *stacks[1]))
+        stacks = self._may_fuse() or self._bundles("mlp")
+        dtype = stacks if isinstance(stacks, str) else _dtype_of(h, stacks)
         fold = not isinstance(dtype, str) and _foldable(norm)
         x = h if norm is None or fold else norm(h)
         if isinstance(stacks, str) or isinstance(dtype, str):
@@ -218,7 +254,7 @@ class FastMLP(FastModule):
             out = super().forward(x)
             return h + out if residual else out  # type: ignore[no-any-return]
         site.fused["mlp"] += 1
-        stack, (down,) = stacks
+        stack, down = stacks
         act = self.activations[type(self._activation()).__name__]
         parameters = norm.parameters_of() if fold and isinstance(norm, FastRMSNorm) else None
         out = mlp(
@@ -258,19 +294,21 @@ class FastAttention(FastModule):
     scaling: float
     attention_dropout: float
 
-    def obstacle(self, block: str) -> str | None:
-        stack = _read_stack(self, self.linears[block])
-        if isinstance(stack, str):
-            return stack
-        return self._qk_obstacle() if block == "attention_in" else None
+    def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
+        reason = self._qk_obstacle(watch) if block == "attention_in" else None
+        stack = reason or _read_stack(self, self.linears[block], watch)
+        return stack if isinstance(stack, str) else (stack,)
 
-    def _qk_obstacle(self) -> str | None:
+    def _qk_obstacle(self, watch: Watch) -> str | None:
         for name in self.qk_norms or ():
-            norm = getattr(self, name)
+            norm = watch.child(self, name)
+            watch.kind(norm)
             if not isinstance(norm, FastRMSNorm):
                 return f"{name} is {type(norm).__name__}"
-            if reason := norm.obstacle("rms_norm") or intercepted(norm):
+            if reason := norm.obstacle("rms_norm") or intercepted(norm, watch):
                 return f"{name}: {reason}"
+            watch.parameter(norm, "weight")
+            watch.data(norm.weight)
         return None
 
     def _heads(self) -> tuple[int, int]:
@@ -280,12 +318,12 @@ class FastAttention(FastModule):
         self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: nn.Module | None, *, residual: bool = True
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys, values and the hidden states for the way around."""
-        site, names = self._fastpeft, self.linears["attention_in"]
-        stack: tuple[LowRank, ...] | str = self._qk_obstacle() or _read_stack(self, names)
-        dtype = stack if isinstance(stack, str) else _dtype_of(h, stack)
+        site = self._fastpeft
+        stacks = self._bundles("attention_in")
+        dtype = stacks if isinstance(stacks, str) else _dtype_of(h, stacks)
         fold = not isinstance(dtype, str) and _foldable(norm)
         x = h if norm is None or fold else norm(h)
-        if isinstance(stack, str) or isinstance(dtype, str):
+        if isinstance(stacks, str) or isinstance(dtype, str):
             site.fall_back("attention_in", str(dtype))
             return *self._stock_in(x, cos, sin), h
         site.fused["attention_in"] += 1
@@ -298,7 +336,7 @@ class FastAttention(FastModule):
             x,
             cos,
             sin,
-            stack,
+            stacks[0],
             heads=self._heads(),
             head_dim=self.head_dim,
             dtype=dtype,
@@ -325,14 +363,14 @@ class FastAttention(FastModule):
 
     def _project_out(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         site = self._fastpeft
-        stack = _read_stack(self, self.linears["attention_out"])
-        dtype = stack if isinstance(stack, str) else _dtype_of(x, stack)
-        if isinstance(stack, str) or isinstance(dtype, str):
+        stacks = self._bundles("attention_out")
+        dtype = stacks if isinstance(stacks, str) else _dtype_of(x, stacks)
+        if isinstance(stacks, str) or isinstance(dtype, str):
             site.fall_back("attention_out", str(dtype))
             out = self.o_proj(x)  # type: ignore[operator]
             return out if residual is None else residual + out  # type: ignore[no-any-return]
         site.fused["attention_out"] += 1
-        return attention_out(x, stack[0], dtype=dtype, residual=residual, impl=site.impl, adapters=site.adapters)
+        return attention_out(x, stacks[0], dtype=dtype, residual=residual, impl=site.impl, adapters=site.adapters)
 
     def _attention_options(self) -> dict[str, Any]:
         """Keyword arguments that the family passes to the attention function beyond the common ones."""

@@ -7,8 +7,8 @@ et al. 2021, arXiv 2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)
 2023, arXiv 2311.11696) adds the gate.
 
 A reader returns the record, or the reason, in words for the report, why this module's current state cannot be
-expressed by it; the caller then runs the stock module. Readers hold no state: adapters may be added, merged, disabled,
-resized or reloaded between two calls.
+expressed by it; the caller then runs the stock module. Adapters may be added, merged, disabled, resized or reloaded
+between two calls: readers look at modules through a :class:`~hf_fastpeft.watch.Watch`, which knows when to read again.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,24 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["LowRank", "compute_dtype", "intercepted", "is_plain", "read", "read_lora_layer", "register_reader"]
+from hf_fastpeft.watch import Watch
+
+__all__ = [
+    "HOOKS",
+    "TENSORS_PER_LINEAR",
+    "LowRank",
+    "compute_dtype",
+    "intercepted",
+    "is_plain",
+    "read",
+    "read_base",
+    "read_lora_layer",
+    "register_reader",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TENSORS_PER_LINEAR = 6
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LowRank(NamedTuple):
@@ -61,31 +75,41 @@ class LowRank(NamedTuple):
         return 0 if self.A is None else self.A.shape[0]
 
 
-Reader = Callable[[Any], "LowRank | str"]
+Reader = Callable[[Any, Watch], "LowRank | str"]
 READERS: dict[type, Reader] = {}
 
 
 def register_reader(layer_class: type, reader: Reader) -> None:
-    """Teach the fused blocks to read ``layer_class``; matched by exact type, subclasses are not."""
+    """Teach the fused blocks to read ``layer_class``; matched by exact type, subclasses are not.
+
+    The reader looks at its layer through the :class:`~hf_fastpeft.watch.Watch` it is given: what it returns is kept
+    until something of what it saw there changes.
+    """
     READERS[layer_class] = reader
 
 
-# What follows runs for every linear of every call, so it reads modules through their dictionaries: nn.Module's own
-# attribute look-up tries the class first and then these same dictionaries.
-
-
-def read(module: nn.Module) -> LowRank | str:
+def read(module: nn.Module, watch: Watch | None = None) -> LowRank | str:
     """The record of ``module`` in its current state, or the reason why it must run stock."""
-    reader = READERS.get(type(module))
+    watch = Watch() if watch is None else watch
+    reader = READERS.get(watch.kind(module))
     if reader is None:
         kind = type(module)
         return f"unknown layer type {kind.__module__}.{kind.__qualname__}"
-    return reader(module)
+    record = reader(module, watch)
+    if not isinstance(record, str):
+        for tensor in record.tensors:
+            if tensor is not None:
+                watch.data(tensor)
+    return record
 
 
-def intercepted(module: nn.Module) -> str | None:
+def intercepted(module: nn.Module, watch: Watch | None = None) -> str | None:
     """Why bypassing ``module.forward`` would skip somebody else's code, or None. Global hooks are the caller's."""
     state = module.__dict__
+    if watch is not None:
+        watch.attribute(module, "forward")
+        for name in HOOKS:
+            watch.is_empty(state[name])
     if "forward" in state:
         return f"{type(module).__name__} has a forward of its own (hook or foreign patch)"
     if (
@@ -115,63 +139,108 @@ def is_plain(weight: torch.Tensor) -> bool:
     return type(weight) in (nn.Parameter, torch.Tensor, FakeTensor)
 
 
-def read_linear(module: nn.Module) -> LowRank | str:
+def read_linear(module: nn.Module, watch: Watch) -> LowRank | str:
     """Reader of a plain ``nn.Linear``: trainable or frozen, with or without bias."""
-    parameters = module.__dict__["_parameters"]
-    weight = parameters.get("weight")
+    weight = watch.parameter(module, "weight")
     if weight is None:  # functional_call and sharding put plain tensors on the module
-        weight = module.weight
+        weight, watch.volatile = module.weight, True
     if not is_plain(weight):
         return f"weight is a {type(weight).__name__}"
     if weight.is_meta:
         return "weight is on the meta device (offloaded)"
     if weight.dtype not in FLOATS:
         return f"weight is {weight.dtype}"
-    return intercepted(module) or LowRank(weight, module.bias)  # type: ignore[arg-type]
+    bias = watch.parameter(module, "bias")
+    if bias is None and module.bias is not None:
+        bias, watch.volatile = module.bias, True
+    return intercepted(module, watch) or LowRank(weight, bias)
 
 
-def read_lora_layer(layer: Any, factor_class: type[nn.Module]) -> LowRank | str:
+class Active(NamedTuple):
+    """A PEFT layer's one active adapter: its name and the probability of its dropout."""
+
+    name: str
+    dropout: float
+
+
+def read_base(layer: Any, factors: dict[str, Any], watch: Watch) -> tuple[LowRank, Active | None] | str:
+    """Of a PEFT layer over a plain linear: that linear's record, and the adapter to add if there is any.
+
+    Args:
+        layer: a PEFT ``LoraLayer``.
+        factors: name of each adapter -> its A.
+        watch: what looks.
+    """
+    watch.attribute(layer, "merged_adapters")
+    if not watch.is_empty(layer.merged_adapters):
+        return "adapter merged"
+    if reason := intercepted(layer, watch):
+        return reason
+    base = watch.child(layer, "base_layer")
+    if watch.kind(base) is not nn.Linear:
+        return f"base layer is {type(base).__name__}"
+    plain = read_linear(base, watch)
+    if isinstance(plain, str):
+        return plain
+    watch.attribute(layer, "_disable_adapters")
+    if layer.disable_adapters:
+        return plain, None  # stock with disabled adapters is its base layer
+    for flag in ("fan_in_fan_out", "cast_input_dtype_enabled"):
+        watch.attribute(layer, flag)
+    if layer.fan_in_fan_out or not layer.cast_input_dtype_enabled:
+        return "fan_in_fan_out or input casting switched off"
+    names = watch.attribute(layer, "_active_adapter")
+    if isinstance(names, list):
+        watch.contents(names)
+    active = [name for name in layer.active_adapters if watch.item(factors, name) is not None]
+    if not active:
+        return plain, None
+    if len(active) > 1:
+        return f"{len(active)} active adapters"
+    (name,) = active
+    dropout = watch.child(layer.lora_dropout, name)
+    if watch.kind(dropout) not in (nn.Identity, nn.Dropout):
+        return f"lora_dropout is {type(dropout).__name__}"
+    if reason := intercepted(dropout, watch):
+        return reason
+    p, training = watch.attribute(dropout, "p"), watch.attribute(dropout, "training")
+    return plain, Active(name, p if training and p is not None else 0.0)
+
+
+def read_lora_layer(layer: Any, watch: Watch, factor_class: type[nn.Module] = nn.Linear) -> LowRank | str:
     """Reader of a LoRA-family layer over a plain linear.
 
     Args:
         layer: a PEFT ``LoraLayer``.
+        watch: what looks.
         factor_class: exact class that ``lora_A``'s entry must have; ``lora_B``'s is ``nn.Linear``.
     """
-    modules = layer.__dict__["_modules"]
-    if layer.merged_adapters:
-        return "adapter merged"
-    if reason := intercepted(layer):
-        return reason
-    base = modules["base_layer"]
-    if type(base) is not nn.Linear:
-        return f"base layer is {type(base).__name__}"
-    plain = read_linear(base)
-    if isinstance(plain, str) or layer.disable_adapters:
-        return plain  # stock with disabled adapters is its base layer
-    if layer.fan_in_fan_out or not layer.cast_input_dtype_enabled:
-        return "fan_in_fan_out or input casting switched off"
-    factors = modules["lora_A"].__dict__["_modules"]
-    active = [name for name in layer.active_adapters if name in factors]
-    if not active:
+    factors = layer.lora_A.__dict__["_modules"]
+    found = read_base(layer, factors, watch)
+    if isinstance(found, str):
+        return found
+    plain, active = found
+    if active is None:
         return plain
-    if len(active) > 1:
-        return f"{len(active)} active adapters"
-    name = active[0]
-    if name in layer.lora_variant:
-        return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
-    dropout = modules["lora_dropout"].__dict__["_modules"][name]
-    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
-        return f"lora_dropout is {type(dropout).__name__}"
-    A, B, scaling = factors[name], modules["lora_B"].__dict__["_modules"][name], layer.scaling[name]
-    if type(A) is not factor_class or type(B) is not nn.Linear:
+    name = active.name
+    variant = watch.item(layer.lora_variant, name)
+    if variant is not None:
+        return f"LoRA variant {type(variant).__name__}"
+    A, B, scaling = factors[name], watch.child(layer.lora_B, name), watch.item(layer.scaling, name)
+    if watch.kind(A) is not factor_class or watch.kind(B) is not nn.Linear:
         return f"lora_A is {type(A).__name__}, lora_B is {type(B).__name__}"
-    if reason := intercepted(A) or intercepted(B) or intercepted(dropout):
+    if reason := intercepted(A, watch) or intercepted(B, watch):
         return reason
     if not isinstance(scaling, (int, float)):
         return "scaling is a tensor"
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return LowRank(plain.weight, plain.bias, A.weight, B.weight, None, B.bias, float(scaling), 1.0, p)  # type: ignore[arg-type]
+    A_weight, B_weight = watch.parameter(A, "weight"), watch.parameter(B, "weight")
+    if A_weight is None or B_weight is None:
+        A_weight, B_weight, watch.volatile = A.weight, B.weight, True
+    if not (is_plain(A_weight) and is_plain(B_weight)):
+        return f"lora_A, lora_B are {type(A_weight).__name__}, {type(B_weight).__name__}"
+    watch.parameter(B, "bias")
+    return LowRank(plain.weight, plain.bias, A_weight, B_weight, None, B.bias, float(scaling), 1.0, active.dropout)
 
 
 register_reader(nn.Linear, read_linear)
-register_reader(LoraLinear, lambda layer: read_lora_layer(layer, nn.Linear))
+register_reader(LoraLinear, read_lora_layer)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_fastpeft.lowrank import intercepted
+from hf_fastpeft.lowrank import HOOKS, intercepted
 
 __all__ = ["Plan", "Route", "Routing", "hooked", "notices_rows", "plan_route", "take"]
 
@@ -31,7 +31,6 @@ WORTH = 0.05
 # Hooks of these modules look at no shape: FSDP2 gathers parameters, transformers records outputs if it was asked to.
 HARMLESS_HOOKS = ("torch.distributed.fsdp.", "transformers.utils.output_capturing")
 MOST_TABLES = 4  # cos and sin of two kinds of layers; FSDP2's mixed precision casts a new copy for every layer
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Take(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""What the blocks' autograd Functions share: packing stacks into flat arguments and back, and the norm before them."""
+"""What the blocks' autograd Functions share: stacks from flat arguments, and the norm before
+them."""
 
 from collections.abc import Sequence
 
@@ -10,12 +11,7 @@ from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm_bwd, rms_norm_fwd
 
-__all__ = ["draw_of", "flatten", "kind_of", "norm_bwd", "norm_fwd", "project_onto", "rebuild", "tokens"]
-
-
-def flatten(stack: Stack) -> list[torch.Tensor | None]:
-    """The tensors of a stack, as a Function takes them."""
-    return [tensor for low in stack for tensor in low.tensors]
+__all__ = ["draw_of", "kind_of", "norm_bwd", "norm_fwd", "project_onto", "rebuild", "tokens"]
 
 
 def rebuild(plan: Plan, tensors: Sequence[torch.Tensor | None]) -> list[LowRank]:

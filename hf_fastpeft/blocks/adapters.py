@@ -11,7 +11,7 @@ Shape legend: I = in_features, O = out_features of the whole stack, R = its rank
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakMethod
 
 import torch
@@ -21,7 +21,7 @@ from hf_fastpeft.border import Border, Placement
 from hf_fastpeft.lowrank import LowRank
 from hf_fastpeft.stacking import weights_of
 
-__all__ = ["Side", "SideCache", "Stack", "make_bias", "make_side", "slices"]
+__all__ = ["Copies", "Side", "SideCache", "Stack", "make_bias", "make_side", "slices"]
 
 Stack = Sequence[LowRank]
 
@@ -77,67 +77,97 @@ def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None) ->
             adapted[0].scaling if len(scalings) == 1 else 1.0,
             gate_R,
         )
-    _fill([(side, stack)])
+    _Fill([(side, stack)]).run()
     return side
 
 
-@torch.no_grad()
-def _fill(sides: list[tuple[Side, Stack]]) -> None:
-    """Write the present values into all sides, each kind of copy in one call; each value is rounded once."""
-    slots: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    gates, gate_slots, gate_scales, gated_A, gated_slots = [], [], [], [], []
-    scaled_B, scalings, scaled_slots = [], [], []
-    for side, stack in sides:
-        for low, (rows, ranks) in zip(stack, slices(stack), strict=True):
-            if low.A is None or low.B is None:
-                continue
-            if low.scaling == side.alpha:
-                values.append(low.B)
-                slots.append(side.B_OR[rows, ranks])
-            else:
-                scaled_B.append(low.B)
-                scalings.append(low.scaling)
-                scaled_slots.append(side.B_OR[rows, ranks])
-            if low.gate is None or side.gate_R is None:
-                values.append(low.A)
-                slots.append(side.A_RI[ranks])
-            else:
-                gates.append(low.gate.flatten())
-                gate_slots.append(side.gate_R[ranks])
-                gate_scales.append(low.gate_scale)
-                gated_A.append(low.A)
-                gated_slots.append(side.A_RI[ranks])
-    if gates:
-        torch._foreach_copy_(gate_slots, gates)
-        torch._foreach_mul_(gate_slots, gate_scales)
-        values += torch._foreach_mul(gated_A, [gate_R.unsqueeze(1) for gate_R in gate_slots])
-        slots += gated_slots
-    if scaled_B:
-        values += torch._foreach_mul(scaled_B, scalings)
-        slots += scaled_slots
-    # strides that differ would send the whole list down torch's path of one launch a tensor
-    for alike in (True, False):
-        pairs = [(s, v) for s, v in zip(slots, values, strict=True) if (s.stride() == v.stride()) is alike]
-        if pairs:
-            torch._foreach_copy_([slot for slot, _ in pairs], [value for _, value in pairs])
+class _Fill:
+    """The copies that write the present values into sides, each kind in one call; each value is rounded once.
+
+    Slots are views of the sides, values the parameters themselves, so that it can be run again.
+    """
+
+    def __init__(self, sides: Iterable[tuple[Side, Stack]]) -> None:
+        # strides that differ would send a whole list down torch's path of one launch a tensor
+        self._alike: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        self._strided: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        self._gates: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        self._gate_scales: list[float] = []
+        self._gated: tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] = [], [], []
+        self._scaled: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        self._scalings: list[float] = []
+        for side, stack in sides:
+            for low, (rows, ranks) in zip(stack, slices(stack), strict=True):
+                if low.A is not None and low.B is not None:
+                    self._add(side, low, rows, ranks)
+
+    def _add(self, side: Side, low: LowRank, rows: slice, ranks: slice) -> None:
+        assert low.A is not None and low.B is not None
+        A_slot, B_slot = side.A_RI[ranks], side.B_OR[rows, ranks]
+        if low.scaling == side.alpha:
+            self._copy(B_slot, low.B)
+        else:
+            _append(self._scaled, B_slot, low.B)
+            self._scalings.append(low.scaling)
+        if low.gate is None or side.gate_R is None:
+            self._copy(A_slot, low.A)
+        else:
+            gate_slot = side.gate_R[ranks]
+            _append(self._gates, gate_slot.view(low.gate.shape), low.gate)
+            self._gate_scales.append(low.gate_scale)
+            _append(self._gated, A_slot, low.A, gate_slot.unsqueeze(1))
+
+    def _copy(self, slot: torch.Tensor, value: torch.Tensor) -> None:
+        _append(self._alike if slot.stride() == value.stride() else self._strided, slot, value)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Write the values that the parameters have now."""
+        if self._gates[0]:
+            torch._foreach_copy_(*self._gates)
+            torch._foreach_mul_(self._gates[0], self._gate_scales)
+            slots, A, gates = self._gated
+            torch._foreach_copy_(slots, torch._foreach_mul(A, gates))
+        if self._scaled[0]:
+            slots, B = self._scaled
+            torch._foreach_copy_(slots, torch._foreach_mul(B, self._scalings))
+        for pairs in (self._alike, self._strided):
+            if pairs[0]:
+                torch._foreach_copy_(*pairs)
+
+
+def _append(lists: tuple[list[torch.Tensor], ...], *tensors: torch.Tensor) -> None:
+    for together, tensor in zip(lists, tensors, strict=True):
+        together.append(tensor)
 
 
 def make_bias(stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:
     """All that the linears add to each row, ``(O,)`` in ``dtype`` with ``zeros`` behind; None if that is nothing."""
-    if all(low.bias is None and low.lora_bias is None for low in stack):
+    if not _adds(stack):
         return None
-    (first, *others) = stack
-    if not others and not zeros and first.lora_bias is None and first.bias is not None and first.bias.dtype == dtype:
-        return first.bias.detach()
+    own = _own_bias(stack, dtype, zeros)
+    if own is not None:
+        return own
     rows = sum(low.weight.shape[0] for low in stack)
-    bias_O = first.weight.new_zeros(rows + zeros, dtype=dtype)
+    bias_O = stack[0].weight.new_zeros(rows + zeros, dtype=dtype)
     _fill_biases([(bias_O, stack)])
     return bias_O
 
 
+def _adds(stack: Stack) -> bool:
+    return any(low.bias is not None or low.lora_bias is not None for low in stack)
+
+
+def _own_bias(stack: Stack, dtype: torch.dtype, zeros: int) -> torch.Tensor | None:
+    """The one bias itself, where nothing need be done to it."""
+    (first, *others) = stack
+    if others or zeros or first.lora_bias is not None or first.bias is None or first.bias.dtype != dtype:
+        return None
+    return first.bias.detach()
+
+
 @torch.no_grad()
-def _fill_biases(biases: list[tuple[torch.Tensor, Stack]]) -> None:
+def _fill_biases(biases: Iterable[tuple[torch.Tensor, Stack]]) -> None:
     slots, values = [], []
     for bias_O, stack in biases:
         for low, (rows, _) in zip(stack, slices(stack), strict=True):
@@ -154,12 +184,34 @@ def _fill_biases(biases: list[tuple[torch.Tensor, Stack]]) -> None:
 T = TypeVar("T", Side, torch.Tensor)
 
 
-@dataclass(slots=True)
-class _Entry(Generic[T]):
+@dataclass(slots=True, eq=False)
+class Copy(Generic[T]):
+    """Laid out copies of a stack's adapters or biases.
+
+    Attributes:
+        laid_out: the copies.
+        stack: what they were made from; keeps the tensors alive whose identities are the key.
+        shapes: of its tensors.
+        filled: the forward in which they were written last.
+        used: the forward in which somebody asked for them last.
+    """
+
     laid_out: T
-    stack: Stack  # keeps the tensors alive whose identities are the key
+    stack: Stack
+    shapes: list[torch.Size]
     filled: int
     used: int
+
+    def fits(self) -> bool:
+        """Whether the tensors still have the shapes that were laid out."""
+        return _shapes(self.stack) == self.shapes
+
+
+def _shapes(stack: Stack) -> list[torch.Size]:
+    return [tensor.shape for low in stack for tensor in low.tensors[1:] if tensor is not None]
+
+
+Copies = tuple[Copy[Any], ...]
 
 
 class SideCache:
@@ -174,8 +226,9 @@ class SideCache:
         self.forwards = 0
         self.placement = placement
         self._inside = self._bare = False
-        self._sides: dict[tuple[object, ...], _Entry[Side]] = {}
-        self._biases: dict[tuple[object, ...], _Entry[torch.Tensor]] = {}
+        self._sides: dict[tuple[object, ...], Copy[Side]] = {}
+        self._biases: dict[tuple[object, ...], Copy[torch.Tensor]] = {}
+        self._fill: _Fill | None = None  # of all sides; None since they are others
         if placement is not None:
             placement.on_drop = WeakMethod(self._forget)
 
@@ -213,9 +266,14 @@ class SideCache:
             return False
         return self.forwards > 0 and not self._bare
 
+    @property
+    def borders(self) -> bool:
+        """Whether borders are wanted."""
+        return self.placement is not None and self.placement.bordered
+
     def border(self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype) -> Border | None:
         """The border around ``stack`` in which its adapters lie; None where it is to multiply with them apart."""
-        if self.placement is None or not self.placement.bordered:
+        if self.placement is None or not self.borders:
             return None
         if not self._shares():
             self.placement.refuse(stack, "a block called outside a forward of a patched model")
@@ -233,50 +291,101 @@ class SideCache:
             border = self.placement.hand_over(border, stack, owner)
         return border
 
-    def side(self, stack: Stack, dtype: torch.dtype, border: Border | None = None) -> Side | None:
-        """The adapters of ``stack`` in ``dtype``, in ``border`` where it is theirs; None without any."""
+    def lay_out(
+        self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype, border: Border | None = None, zeros: int = 0
+    ) -> tuple[Side | None, torch.Tensor | None, Copies | None]:
+        """A stack's adapters in ``side_dtype``, in ``border`` where it is theirs, and what :func:`make_bias` gives.
+
+        Third come the copies among them, for :meth:`renew`; None where they are for this call alone.
+        """
+        if not self._shares():
+            return make_side(stack, side_dtype), make_bias(stack, dtype, zeros), None
+        side = self._side(stack, side_dtype, border)
+        bias = self._bias(stack, dtype, zeros)
+        copies = tuple(copy for copy in (side, bias) if isinstance(copy, Copy))
+        for copy in copies:
+            self._freshen(copy)
+        return (
+            None if side is None else side.laid_out,
+            bias.laid_out if isinstance(bias, Copy) else bias,
+            copies,
+        )
+
+    def renew(self, copies: Copies | None, side: Side | None, border: Border | None) -> bool:
+        """Whether what :meth:`lay_out` gave in an earlier call holds for this one, the modules being the same.
+
+        The copies are then fresh.
+        """
+        if copies is None or (border is not None and border.side is not side) or not self._shares():
+            return False
+        for copy in copies:
+            self._freshen(copy)
+            if copy.filled != self.forwards:  # dropped since
+                return False
+        return True
+
+    def _side(self, stack: Stack, dtype: torch.dtype, border: Border | None) -> Copy[Side] | None:
         if all(low.A is None for low in stack):
             return None
-        if not self._shares():
-            return make_side(stack, dtype)
         key = border, *_key(stack, dtype)
-        entry = self._sides.get(key)
-        if entry is None:
+        if key not in self._sides:
             side = make_side(stack, dtype, border)
             assert side is not None
-            entry = self._sides[key] = _Entry(side, stack, self.forwards, self.forwards)
-        return self._fresh(entry)
+            self._sides[key] = self._copy(side, stack)
+            self._fill = None
+        return self._sides[key]
 
-    def bias(self, stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:
-        """What :func:`make_bias` gives, laid out once a forward."""
-        if all(low.bias is None and low.lora_bias is None for low in stack):
-            return None
-        if len(stack) == 1 or not self._shares():
-            return make_bias(stack, dtype, zeros)
+    def _bias(self, stack: Stack, dtype: torch.dtype, zeros: int) -> Copy[torch.Tensor] | torch.Tensor | None:
+        own = _own_bias(stack, dtype, zeros)
+        if own is not None or not _adds(stack):
+            return own
         ids = ((id(low.bias), id(low.lora_bias), low.scaling, low.weight.shape[0]) for low in stack)
         key = dtype, zeros, stack[0].weight.device, *ids
-        entry = self._biases.get(key)
-        if entry is None:
+        if key not in self._biases:
             bias_O = make_bias(stack, dtype, zeros)
             assert bias_O is not None
-            entry = self._biases[key] = _Entry(bias_O, stack, self.forwards, self.forwards)
-        return self._fresh(entry)
+            self._biases[key] = self._copy(bias_O, stack)
+        return self._biases[key]
 
-    def _fresh(self, entry: _Entry[T]) -> T:
-        entry.used = self.forwards
-        if entry.filled != self.forwards:
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                self._fill_one(entry)  # other layers' parameters may be sharded away at this moment
-            else:
-                self._refresh()
-        return entry.laid_out
+    def _copy(self, laid_out: T, stack: Stack) -> Copy[T]:
+        records = tuple(stack)  # a Bundle that keeps its plan would be kept by it, in a cycle
+        return Copy(laid_out, records, _shapes(stack), self.forwards, self.forwards)
 
-    def _fill_one(self, entry: _Entry[T]) -> None:
-        if isinstance(entry.laid_out, Side):
-            _fill([(entry.laid_out, entry.stack)])
+    def _freshen(self, copy: Copy[Any]) -> None:
+        copy.used = self.forwards
+        if copy.filled == self.forwards:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._fill_one(copy)  # other layers' parameters may be sharded away at this moment
         else:
-            _fill_biases([(entry.laid_out, entry.stack)])
-        entry.filled = self.forwards
+            self._refresh()
+
+    def _fill_one(self, copy: Copy[Any]) -> None:
+        if isinstance(copy.laid_out, Side):
+            _Fill([(copy.laid_out, copy.stack)]).run()
+        else:
+            _fill_biases([(copy.laid_out, copy.stack)])
+        copy.filled = self.forwards
+
+    def _refresh(self) -> None:
+        """Write all copies that were used lately; drop the others, and those whose parameters were resized."""
+        sides = {key: copy for key, copy in self._sides.items() if self._wanted(copy)}
+        if len(sides) < len(self._sides):
+            self._sides, self._fill = sides, None
+            if self.placement is not None:
+                self.placement.prune()
+        self._biases = {key: copy for key, copy in self._biases.items() if self._wanted(copy)}
+        if self._fill is None:
+            self._fill = _Fill((copy.laid_out, copy.stack) for copy in sides.values())
+        self._fill.run()
+        if self._biases:
+            _fill_biases((copy.laid_out, copy.stack) for copy in self._biases.values())
+        written: list[Copy[Any]] = [*sides.values(), *self._biases.values()]
+        for copy in written:
+            copy.filled = self.forwards
+
+    def _wanted(self, copy: Copy[Any]) -> bool:
+        return self.forwards - copy.used < KEPT and copy.fits()
 
     def release(self, owner: nn.Module, stacks: Iterable[Sequence[str]]) -> None:
         """Take the weights of these linears out of their borders until the next fused call."""
@@ -284,23 +393,9 @@ class SideCache:
             for names in stacks:
                 self.placement.release(weights_of(owner, names) or ())
 
-    def _refresh(self) -> None:
-        known = len(self._sides)
-        self._sides = {key: e for key, e in self._sides.items() if self.forwards - e.used < KEPT}
-        if self.placement is not None and len(self._sides) < known:
-            self.placement.prune()
-        self._biases = {key: e for key, e in self._biases.items() if self.forwards - e.used < KEPT}
-        if self._sides:
-            _fill([(entry.laid_out, entry.stack) for entry in self._sides.values()])
-        if self._biases:
-            _fill_biases([(entry.laid_out, entry.stack) for entry in self._biases.values()])
-        for side in self._sides.values():
-            side.filled = self.forwards
-        for bias in self._biases.values():
-            bias.filled = self.forwards
-
     def _forget(self, border: Border) -> None:
-        self._sides = {key: e for key, e in self._sides.items() if key[0] is not border}
+        self._sides = {key: copy for key, copy in self._sides.items() if key[0] is not border}
+        self._fill = None
 
 
 def _key(stack: Stack, dtype: torch.dtype) -> tuple[object, ...]:

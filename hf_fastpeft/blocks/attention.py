@@ -10,7 +10,6 @@ import torch
 
 from hf_fastpeft.blocks._function import (
     draw_of,
-    flatten,
     kind_of,
     norm_bwd,
     norm_fwd,
@@ -18,10 +17,10 @@ from hf_fastpeft.blocks._function import (
     rebuild,
     tokens,
 )
-from hf_fastpeft.blocks.adapters import SideCache, Stack
-from hf_fastpeft.blocks.projection import Plan, add_weight_grads, make_plan, needs_input, project, project_bwd
+from hf_fastpeft.blocks.adapters import SideCache
+from hf_fastpeft.blocks.bundle import Bundle
+from hf_fastpeft.blocks.projection import Plan, add_weight_grads, needs_input, project, project_bwd
 from hf_fastpeft.border import room_for
-from hf_fastpeft.lowrank import LowRank
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.qk_norm import norm_rotate, norm_rotate_bwd
 from hf_fastpeft.ops.rms_norm import Norm
@@ -179,7 +178,7 @@ def attention_in(
     h: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    stack: Stack,
+    stack: Bundle,
     *,
     heads: tuple[int, int],
     head_dim: int,
@@ -226,25 +225,25 @@ def attention_in(
         cos,
         sin,
         layout,
-        make_plan(stack, dtype, impl, h, adapters, room="both"),
-        *flatten(stack),
+        stack.plan(dtype, impl, h, adapters, "both"),
+        *stack.flat,
     )
 
 
 def attention_out(
     x: torch.Tensor,
-    linear: LowRank,
+    linear: Bundle,
     *,
     dtype: torch.dtype,
     residual: torch.Tensor | None = None,
     impl: Impl = "auto",
     adapters: SideCache | None = None,
 ) -> torch.Tensor:
-    """The projection after attention: ``x`` ``(..., in_features)`` to ``(..., out_features)``.
+    """The one projection after attention: ``x`` ``(..., in_features)`` to ``(..., out_features)``.
 
     ``residual``, of the result's shape, is added where it is given. The result is in ``dtype``, promoted with the
     residual's.
     """
-    plan = make_plan([linear], dtype, impl, x, adapters)
-    out_TO = _AttentionOut.apply(x, residual, plan, *flatten([linear]))  # type: ignore[no-untyped-call]
+    plan = linear.plan(dtype, impl, x, adapters, "none")
+    out_TO = _AttentionOut.apply(x, residual, plan, *linear.flat)  # type: ignore[no-untyped-call]
     return out_TO.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]  # outside: its owner may write to it

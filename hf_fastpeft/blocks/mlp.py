@@ -10,7 +10,6 @@ import torch
 
 from hf_fastpeft.blocks._function import (
     draw_of,
-    flatten,
     kind_of,
     norm_bwd,
     norm_fwd,
@@ -18,10 +17,11 @@ from hf_fastpeft.blocks._function import (
     rebuild,
     tokens,
 )
-from hf_fastpeft.blocks.adapters import SideCache, Stack
-from hf_fastpeft.blocks.projection import Plan, add_weight_grads, make_plan, needs_input, project, project_bwd
+from hf_fastpeft.blocks.adapters import SideCache
+from hf_fastpeft.blocks.bundle import Bundle
+from hf_fastpeft.blocks.projection import Plan, add_weight_grads, needs_input, project, project_bwd
 from hf_fastpeft.border import room_for
-from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
+from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.glu import Activation, glu_bwd, glu_fwd
 from hf_fastpeft.ops.rms_norm import Norm
@@ -108,8 +108,8 @@ class _MLP(torch.autograd.Function):
 
 def mlp(
     h: torch.Tensor,
-    stack: Stack,
-    down: LowRank,
+    stack: Bundle,
+    down: Bundle,
     *,
     dtype: torch.dtype,
     activation: Activation = "silu",
@@ -123,7 +123,7 @@ def mlp(
     Args:
         h: hidden states, ``(..., hidden_size)``; normalised already where ``norm`` is None.
         stack: the gate and up projections, or one linear that holds them in this order.
-        down: the down projection.
+        down: the down projection alone.
         dtype: compute dtype of the products.
         activation: of the gate.
         norm: the norm before the projections.
@@ -137,9 +137,9 @@ def mlp(
     """
     assert norm is not None or not residual
     layout = _Layout(activation, kind_of(norm), residual)
-    plan = make_plan(stack, dtype, impl, h, adapters, room="both")
-    down_plan = make_plan([down], dtype, impl, h, adapters, room="input")
+    plan = stack.plan(dtype, impl, h, adapters, "both")
+    down_plan = down.plan(dtype, impl, h, adapters, "input")
     out_TI = _MLP.apply(  # type: ignore[no-untyped-call]
-        h, None if norm is None else norm.weight, layout, plan, down_plan, *flatten(stack), *flatten([down])
+        h, None if norm is None else norm.weight, layout, plan, down_plan, *stack.flat, *down.flat
     )
     return out_TI.view(*h.shape[:-1], -1)  # type: ignore[no-any-return]  # outside: its owner may write to it

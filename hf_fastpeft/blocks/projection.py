@@ -24,17 +24,18 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from hf_fastpeft.blocks.adapters import Side, SideCache, Stack, make_bias, make_side, slices
+from hf_fastpeft.blocks.adapters import Copies, Side, SideCache, Stack, make_bias, make_side, slices
 from hf_fastpeft.border import Border
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 from hf_fastpeft.ops._backend import Impl, use_triton
 from hf_fastpeft.ops.mm_wide import mm_wide
 from hf_fastpeft.stacking import adjacent
 
-__all__ = ["Draw", "Needs", "Plan", "add_weight_grads", "make_plan", "needs_input", "project", "project_bwd"]
+__all__ = ["Draw", "Needs", "Plan", "Room", "add_weight_grads", "make_plan", "needs_input", "project", "project_bwd"]
 
 Needs = Sequence[bool]  # one per tensor of the stack, in the order of LowRank.tensors
 Grads = list[torch.Tensor | None]
+Room = Literal["none", "input", "both"]
 
 WIDEST_BLOCK_DIAGONAL = 256  # ranks; beyond, the zeros off the diagonal cost more than the launches they save
 
@@ -51,8 +52,10 @@ class Plan(NamedTuple):
         side: the adapters, None without any.
         weight: all weights as one ``(O, I)`` view where they lie one behind the other in memory.
         bias: all that is added to each row, ``(O,)`` in ``dtype``, with zeros behind where P is; None without.
+        where: of each linear: its columns of the results, its ranks.
         border: what weights and adapters lie in together, if anything.
         wide: with a border: P may stand behind the results.
+        copies: those in ``side`` and ``bias`` that a later call may use again; None where there is no later call.
     """
 
     dtype: torch.dtype
@@ -63,8 +66,10 @@ class Plan(NamedTuple):
     side: Side | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    where: list[tuple[slice, slice]]
     border: Border | None = None
     wide: bool = False
+    copies: Copies | None = None
 
     @property
     def dropped(self) -> bool:
@@ -78,7 +83,7 @@ def make_plan(
     impl: Impl,
     x: torch.Tensor,
     adapters: SideCache | None,
-    room: Literal["none", "input", "both"] = "none",
+    room: Room = "none",
 ) -> Plan:
     """The plan of a call on ``x``; the adapters come laid out from the cache where there is one.
 
@@ -93,17 +98,23 @@ def make_plan(
     if weight is None and adapters is not None and adapters.placement is not None:
         weight = adjacent(weights) if adapters.placement.restack(weights) else None
     zeros = border.R if border is not None and wide else 0
+    if adapters is None:
+        side, bias, copies = make_side(stack, side_dtype), make_bias(stack, dtype, zeros), None
+    else:
+        side, bias, copies = adapters.lay_out(stack, dtype, side_dtype, border, zeros)
     return Plan(
         dtype,
         side_dtype,
         impl,
         use_triton(impl, x),
         tuple((low.scaling, low.gate_scale, low.dropout) for low in stack),
-        make_side(stack, side_dtype) if adapters is None else adapters.side(stack, side_dtype, border),
+        side,
         weight,
-        make_bias(stack, dtype, zeros) if adapters is None else adapters.bias(stack, dtype, zeros),
+        bias,
+        slices(stack),
         border,
         wide,
+        copies,
     )
 
 
@@ -168,13 +179,13 @@ def project(
     x_side_TI = x_TI.to(plan.side_dtype)
     if plan.dropped:
         P_TR = x_side_TI.new_empty(x_side_TI.shape[0], side.A_RI.shape[0])
-        for (_, _, p), (_, ranks) in zip(plan.factors, slices(stack), strict=True):
+        for (_, _, p), (_, ranks) in zip(plan.factors, plan.where, strict=True):
             if ranks.start < ranks.stop:
                 dropped_TI = torch.native_dropout(x_side_TI, p, True)[0] if p > 0 else x_side_TI
                 torch.mm(dropped_TI, side.A_RI[ranks].t(), out=P_TR[:, ranks])
     else:
         P_TR = x_side_TI @ side.A_RI.t()
-    for rows, ranks in _blocks(stack, plan, side):
+    for rows, ranks in _blocks(plan, side):
         _add_product(z_TO[:, rows], P_TR[:, ranks], side.B_OR[rows, ranks].t(), side.alpha)
     return z_TO, P_TR
 
@@ -194,7 +205,7 @@ def _base(x_TI: torch.Tensor, stack: Stack, plan: Plan, residual: torch.Tensor |
             return z_TO if bias_O is None else z_TO.add_(bias_O)
         return x_TI @ weight_IO if bias_O is None else torch.addmm(bias_O, x_TI, weight_IO)
     z_TO = x_TI.new_empty(x_TI.shape[0], sum(low.weight.shape[0] for low in stack))
-    for low, (rows, _) in zip(stack, slices(stack), strict=True):
+    for low, (rows, _) in zip(stack, plan.where, strict=True):
         torch.mm(x_TI, low.weight.to(plan.dtype).t(), out=z_TO[:, rows])
     for added in (plan.bias, residual):
         if added is not None:
@@ -202,12 +213,12 @@ def _base(x_TI: torch.Tensor, stack: Stack, plan: Plan, residual: torch.Tensor |
     return z_TO
 
 
-def _blocks(stack: Stack, plan: Plan, side: Side) -> list[tuple[slice, slice]]:
+def _blocks(plan: Plan, side: Side) -> list[tuple[slice, slice]]:
     """The blocks of ``B`` that are multiplied with at a time: all at once, zeros and all, or each on its own."""
     rows, R = side.B_OR.shape
     if plan.lean and R <= WIDEST_BLOCK_DIAGONAL:
         return [(slice(0, rows), slice(0, R))]
-    return [(rows, ranks) for rows, ranks in slices(stack) if ranks.start < ranks.stop]
+    return [(rows, ranks) for rows, ranks in plan.where if ranks.start < ranks.stop]
 
 
 def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
@@ -254,12 +265,11 @@ def project_bwd(
         A and gates are still None, and those of B where ``P_TR`` is.
     """
     grads: Grads = [None] * (len(stack) * TENSORS_PER_LINEAR)
-    where = slices(stack)
     if plan.border is None or plan.border.side is not plan.side:
         d_x_TI, U_TR = _apart_bwd(d_z_TO, stack, _apart(plan, stack), draw, need_dx=need_dx)
     else:
         d_x_TI, U_TR = _bordered_bwd(d_z_TO, plan, plan.border, need_dx=need_dx)
-    for i, (low, (rows, _)) in enumerate(zip(stack, where, strict=True)):
+    for i, (low, (rows, _)) in enumerate(zip(stack, plan.where, strict=True)):
         at = i * TENSORS_PER_LINEAR
         if needs[at + 1] or needs[at + 5]:
             total_O = d_z_TO[:, rows].sum(0, dtype=torch.promote_types(plan.dtype, torch.float32))
@@ -268,7 +278,7 @@ def project_bwd(
             if needs[at + 5] and low.lora_bias is not None:
                 grads[at + 5] = (total_O * low.scaling).to(low.lora_bias.dtype)
     if P_TR is not None:
-        _add_B_grads(grads, d_z_TO.to(plan.side_dtype), P_TR, stack, needs)
+        _add_B_grads(grads, d_z_TO.to(plan.side_dtype), P_TR, stack, plan, needs)
     return d_x_TI, U_TR, grads
 
 
@@ -307,7 +317,7 @@ def _apart_bwd(
         return d_x_TI, None
     d_side_TO = d_z_TO.to(plan.side_dtype)
     U_TR = d_side_TO.new_empty(d_side_TO.shape[0], side.A_RI.shape[0])
-    for rows, ranks in _blocks(stack, plan, side):
+    for rows, ranks in _blocks(plan, side):
         # beta=0 ignores what the fresh buffer holds, NaN included
         U_TR[:, ranks].addmm_(d_side_TO[:, rows], side.B_OR[rows, ranks], beta=0, alpha=side.alpha)
     if d_x_TI is not None:
@@ -318,8 +328,10 @@ def _apart_bwd(
     return d_x_TI, U_TR
 
 
-def _add_B_grads(grads: Grads, d_side_TO: torch.Tensor, P_TR: torch.Tensor, stack: Stack, needs: Needs) -> None:
-    for i, (low, (rows, ranks)) in enumerate(zip(stack, slices(stack), strict=True)):
+def _add_B_grads(
+    grads: Grads, d_side_TO: torch.Tensor, P_TR: torch.Tensor, stack: Stack, plan: Plan, needs: Needs
+) -> None:
+    for i, (low, (rows, ranks)) in enumerate(zip(stack, plan.where, strict=True)):
         at = i * TENSORS_PER_LINEAR + 3
         if needs[at] and low.B is not None:
             grads[at] = mm_wide(d_side_TO[:, rows].t(), P_TR[:, ranks], low.scaling).to(low.B.dtype)
@@ -329,7 +341,7 @@ def _base_bwd(d_z_TO: torch.Tensor, stack: Stack, plan: Plan) -> torch.Tensor:
     if plan.weight is not None:
         return d_z_TO @ plan.weight.to(plan.dtype)
     d_x_TI: torch.Tensor | None = None
-    for low, (rows, _) in zip(stack, slices(stack), strict=True):
+    for low, (rows, _) in zip(stack, plan.where, strict=True):
         weight_OI = low.weight.to(plan.dtype)
         d_TO = d_z_TO[:, rows]
         d_x_TI = d_TO @ weight_OI if d_x_TI is None else d_x_TI.addmm_(d_TO, weight_OI)
@@ -339,7 +351,7 @@ def _base_bwd(d_z_TO: torch.Tensor, stack: Stack, plan: Plan) -> torch.Tensor:
 
 def _add_dropped(d_x_TI: torch.Tensor, U_TR: torch.Tensor, stack: Stack, plan: Plan, side: Side, draw: Draw) -> None:
     with draw:
-        for (_, _, p), (_, ranks) in zip(plan.factors, slices(stack), strict=True):
+        for (_, _, p), (_, ranks) in zip(plan.factors, plan.where, strict=True):
             if ranks.start < ranks.stop:
                 part_TI = U_TR[:, ranks] @ side.A_RI[ranks]
                 d_x_TI.add_(torch.native_dropout(part_TI, p, True)[0] if p > 0 else part_TI)
@@ -363,8 +375,7 @@ def add_weight_grads(
     if not needs_input(needs, has_P=not without_P):
         return
     assert x_TI is not None
-    where = slices(stack)
-    for i, (low, (rows, _)) in enumerate(zip(stack, where, strict=True)):
+    for i, (low, (rows, _)) in enumerate(zip(stack, plan.where, strict=True)):
         if needs[i * TENSORS_PER_LINEAR]:
             grads[i * TENSORS_PER_LINEAR] = mm_wide(d_z_TO[:, rows].t(), x_TI).to(low.weight.dtype)
     side = _apart(plan, stack).side
@@ -372,12 +383,12 @@ def add_weight_grads(
         return
     x_side_TI = x_TI.to(plan.side_dtype)
     if without_P:
-        _add_B_grads(grads, d_z_TO.to(plan.side_dtype), x_side_TI @ side.A_RI.t(), stack, needs)
+        _add_B_grads(grads, d_z_TO.to(plan.side_dtype), x_side_TI @ side.A_RI.t(), stack, plan, needs)
     if not (any(needs[2::TENSORS_PER_LINEAR]) or any(needs[4::TENSORS_PER_LINEAR])):
         return
     G_RI = mm_wide(U_TR.t(), x_side_TI) if draw is None else _dropped_products(x_side_TI, U_TR, stack, plan, draw)
     d_A_RI = G_RI if side.gate_R is None else G_RI * side.gate_R.unsqueeze(1)
-    for i, (low, (_, ranks)) in enumerate(zip(stack, where, strict=True)):
+    for i, (low, (_, ranks)) in enumerate(zip(stack, plan.where, strict=True)):
         at = i * TENSORS_PER_LINEAR
         if needs[at + 2] and low.A is not None:
             grads[at + 2] = d_A_RI[ranks].to(low.A.dtype)
@@ -389,7 +400,7 @@ def add_weight_grads(
 def _dropped_products(x_TI: torch.Tensor, U_TR: torch.Tensor, stack: Stack, plan: Plan, draw: Draw) -> torch.Tensor:
     parts = []
     with draw:
-        for (_, _, p), (_, ranks) in zip(plan.factors, slices(stack), strict=True):
+        for (_, _, p), (_, ranks) in zip(plan.factors, plan.where, strict=True):
             if ranks.start < ranks.stop:
                 dropped_TI = torch.native_dropout(x_TI, p, True)[0] if p > 0 else x_TI
                 parts.append(mm_wide(U_TR[:, ranks].t(), dropped_TI))

@@ -4,18 +4,25 @@ from typing import Any
 
 from hf_fastpeft.lowrank import LowRank, intercepted, read_lora_layer
 from hf_fastpeft.tuners._gated import GatedLinear
+from hf_fastpeft.watch import Watch
 
 __all__ = ["read_gated_layer"]
 
 
-def read_gated_layer(layer: Any) -> LowRank | str:
+def read_gated_layer(layer: Any, watch: Watch) -> LowRank | str:
     """The record of a layer whose A is a ``GatedLinear``, in its current state, or why it must run stock."""
-    record = read_lora_layer(layer, GatedLinear)
+    record = read_lora_layer(layer, watch, GatedLinear)
     if isinstance(record, str) or record.A is None:
         return record
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
     gated: GatedLinear = layer.lora_A[name]
-    if reason := intercepted(gated.gate):
+    gate = watch.child(gated, "gate")
+    if reason := intercepted(gate, watch):
         return reason
-    gated.warn_if_never_pruned()
-    return record._replace(gate=gated.gate.weight, gate_scale=gated.gate.scale)
+    if not gate.runtime.pruned_by_callback and not gate.runtime.has_warned:
+        gated.warn_if_never_pruned()
+        watch.volatile = True  # until a callback is there or has been asked for
+    weight = watch.parameter(gate, "weight")
+    if weight is None:
+        weight, watch.volatile = gate.weight, True
+    return record._replace(gate=weight, gate_scale=watch.attribute(gate, "scale"))

@@ -210,19 +210,24 @@ def example_stack(gate=True):
     ]
 
 
+def side_of(cache, stack, dtype):
+    side, _, _ = cache.lay_out(stack, dtype, dtype)
+    return side
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_refreshed_side_equals_a_fresh_one(dtype):
     """Optimizers may write without a trace in the tensor's version: the next forward of the model sees the values."""
     stack, cache = example_stack(), SideCache()
     with cache.forward():
-        first = cache.side(stack, dtype)
-        assert cache.side(stack, dtype) is first
+        first = side_of(cache, stack, dtype)
+        assert side_of(cache, stack, dtype) is first
     with torch.no_grad():
         for low in stack:
             for t in (low.A, low.B, low.gate):
                 t.data.mul_(1.5)  # does not count as a change
     with cache.forward():
-        again = cache.side(stack, dtype)
+        again = side_of(cache, stack, dtype)
     assert again is first
     fresh = make_side(stack, dtype)
     for got, want in zip((again.A_RI, again.B_OR, again.gate_R), (fresh.A_RI, fresh.B_OR, fresh.gate_R), strict=True):
@@ -232,17 +237,17 @@ def test_a_refreshed_side_equals_a_fresh_one(dtype):
 def test_a_block_called_outside_a_forward_gets_its_own_copies():
     stack, cache = example_stack(), SideCache()
     with cache.forward():
-        shared = cache.side(stack, torch.float32)
-    assert cache.side(stack, torch.float32) is not shared
+        shared = side_of(cache, stack, torch.float32)
+    assert side_of(cache, stack, torch.float32) is not shared
 
 
 def test_replaced_parameters_are_seen_within_a_forward():
     stack, cache = example_stack(), SideCache()
     with cache.forward():
-        before = cache.side(stack, torch.float32)
+        before = side_of(cache, stack, torch.float32)
         stack[0] = stack[0]._replace(A=torch.nn.Parameter(torch.randn(5, 6)), B=torch.nn.Parameter(torch.randn(4, 5)),
                                      gate=None)  # fmt: skip
-        after = cache.side(stack, torch.float32)
+        after = side_of(cache, stack, torch.float32)
     assert before.A_RI.shape == (4, 6)
     assert after.A_RI.shape == (7, 6)
 
@@ -251,5 +256,5 @@ def test_copies_nobody_asks_for_are_dropped():
     stack, cache = example_stack(), SideCache()
     for wanted in (stack, *[example_stack(gate=False)] * 12):
         with cache.forward():
-            cache.side(wanted, torch.float32)
+            side_of(cache, wanted, torch.float32)
     assert len(cache._sides) == 1

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from peft.tuners.adalora import SVDLinear
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-from hf_fastpeft.lowrank import LowRank, intercepted, is_plain, read_linear
+from hf_fastpeft.lowrank import LowRank, is_plain, read_base
+from hf_fastpeft.watch import Watch
 
 __all__ = ["allocated", "read_svd_linear", "register_readers"]
 
@@ -33,34 +33,17 @@ allocated: Any = WeakIdKeyDictionary()
 _warned: set[str] = set()
 
 
-def read_svd_linear(layer: Any) -> LowRank | str:
+def read_svd_linear(layer: Any, watch: Watch) -> LowRank | str:
     """The record of PEFT's ``SVDLinear`` in its current state, or the reason why it must run stock."""
-    modules = layer.__dict__["_modules"]
-    if layer.merged_adapters:
-        return "adapter merged"
-    if reason := intercepted(layer):
-        return reason
-    base = modules["base_layer"]
-    if type(base) is not nn.Linear:
-        return f"base layer is {type(base).__name__}"
-    plain = read_linear(base)
-    if isinstance(plain, str) or layer.disable_adapters:
-        return plain  # stock with disabled adapters is its base layer
-    if layer.fan_in_fan_out or not layer.cast_input_dtype_enabled:
-        return "fan_in_fan_out or input casting switched off"
-    factors = modules["lora_A"].__dict__["_parameters"]
-    active = [name for name in layer.active_adapters if name in factors]
-    if not active:
+    factors = layer.lora_A.__dict__["_parameters"]
+    found = read_base(layer, factors, watch)
+    if isinstance(found, str):
+        return found
+    plain, active = found
+    if active is None:
         return plain
-    if len(active) > 1:
-        return f"{len(active)} active adapters"
-    name = active[0]
-    dropout = modules["lora_dropout"].__dict__["_modules"][name]
-    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
-        return f"lora_dropout is {type(dropout).__name__}"
-    if reason := intercepted(dropout):
-        return reason
-    A, B, E = factors[name], layer.lora_B[name], layer.lora_E[name]
+    name = active.name
+    A, B, E = factors[name], watch.parameter(layer.lora_B, name), watch.parameter(layer.lora_E, name)
     if not (is_plain(A) and is_plain(B) and is_plain(E)):
         return f"lora_A, lora_B, lora_E are {type(A).__name__}, {type(B).__name__}, {type(E).__name__}"
     if A.is_meta or B.is_meta or E.is_meta:
@@ -69,25 +52,21 @@ def read_svd_linear(layer: Any) -> LowRank | str:
         return plain  # all ranks are cut
     if not A.dtype == B.dtype == E.dtype:
         return f"lora_A, lora_B, lora_E are {A.dtype}, {B.dtype}, {E.dtype}"
-    ranknum = layer.ranknum[name]
-    if ranknum.requires_grad and torch.is_grad_enabled():
-        return (
-            "ranknum is being trained (PEFT 0.21, where the base is not float32 on the CPU; AdaLoraCallback stops it)"
-        )
-    alpha, divisor = layer.scaling[name], _divisor(ranknum)
+    ranknum = watch.parameter(layer.ranknum, name)
+    if ranknum.requires_grad:
+        if torch.is_grad_enabled():
+            return "ranknum is being trained (PEFT 0.21, base not float32 on the CPU; AdaLoraCallback stops it)"
+        watch.volatile = True
+    alpha, divisor = watch.item(layer.scaling, name), _divisor(ranknum)
     if not isinstance(alpha, (int, float)) or isinstance(divisor, str):
         return divisor if isinstance(divisor, str) else "scaling is a tensor"
-    if (
-        layer.training
-        and E.requires_grad
-        and not _warned
-        and layer not in allocated
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    ):
-        _warn_of_no_callback()
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return LowRank(plain.weight, plain.bias, A, B, E, None, alpha / divisor, 1.0, p)
+    watch.version(ranknum)
+    watch.data(ranknum)
+    if not _warned and layer not in allocated:
+        if layer.training and E.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _warn_of_no_callback()
+        watch.volatile = True  # until a callback is there or has been asked for
+    return LowRank(plain.weight, plain.bias, A, B, E, None, alpha / divisor, 1.0, active.dropout)
 
 
 def _warn_of_no_callback() -> None:

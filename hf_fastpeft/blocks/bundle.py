@@ -1,0 +1,50 @@
+"""A stack of linears as it was read, with what is worth keeping from call to call: its flat tensors and its plan."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from hf_fastpeft.blocks.adapters import SideCache
+from hf_fastpeft.blocks.projection import Plan, Room, make_plan
+from hf_fastpeft.lowrank import LowRank, compute_dtype
+from hf_fastpeft.ops._backend import Impl
+
+__all__ = ["Bundle"]
+
+
+class Bundle(tuple[LowRank, ...]):
+    """Records of linears over one input. Whoever keeps it watches that their modules stay as they are.
+
+    Attributes:
+        flat: their tensors, as a Function takes them.
+    """
+
+    flat: tuple[torch.Tensor | None, ...]
+    _weights: list[torch.Tensor]
+    _planned: tuple[Any, Plan] | None
+
+    def __new__(cls, stack: Iterable[LowRank]) -> "Bundle":
+        bundle = super().__new__(cls, stack)
+        bundle.flat = tuple(tensor for low in bundle for tensor in low.tensors)
+        bundle._weights = list({low.weight.dtype: low.weight for low in bundle}.values())
+        bundle._planned = None
+        return bundle
+
+    def dtype_for(self, x: torch.Tensor) -> torch.dtype | None:
+        """The dtype stock would multiply ``x`` with these weights in; None where there is no such one."""
+        found = {compute_dtype(x, weight) for weight in self._weights}
+        return found.pop() if len(found) == 1 else None
+
+    def plan(self, dtype: torch.dtype, impl: Impl, x: torch.Tensor, adapters: SideCache | None, room: Room) -> Plan:
+        """The plan of a call on ``x``: that of the last call, its copies renewed, where it would come out the same."""
+        asked = dtype, impl, x.dtype, x.device, room, torch.is_autocast_enabled(x.device.type)
+        if self._planned is not None and adapters is not None:
+            before, plan = self._planned
+            if before == asked and adapters.renew(plan.copies, plan.side, plan.border):
+                return plan
+        plan = make_plan(self, dtype, impl, x, adapters, room)
+        # a stack that might yet get its border asks again
+        settled = adapters is None or plan.border is not None or room == "none" or not adapters.borders
+        self._planned = (asked, plan) if settled and plan.copies is not None else None
+        return plan

@@ -8,14 +8,17 @@ copies are shared; a block called on its own gets fresh ones.
 Shape legend: I = in_features, O = out_features of the whole stack, R = its ranks.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import pairwise
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakMethod
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_fastpeft.border import Border, Placement
 from hf_fastpeft.lowrank import LowRank
@@ -81,64 +84,143 @@ def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None) ->
     return side
 
 
-class _Fill:
-    """The copies that write the present values into sides, each kind in one call; each value is rounded once.
+_Lists = tuple[list[torch.Tensor], list[torch.Tensor]]  # slots, values
 
-    Slots are views of the sides, values the parameters themselves, so that it can be run again.
+
+class _Fill:
+    """The copies that write the present values into sides, few launches for all of them; each value is rounded once.
+
+    It knows the parameters, not their values, and can be run again.
     """
 
     def __init__(self, sides: Iterable[tuple[Side, Stack]]) -> None:
-        # strides that differ would send a whole list down torch's path of one launch a tensor
-        self._alike: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        self._strided: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        self._gates: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        self._gates: list[torch.Tensor] = []
+        self._gate_slots: list[torch.Tensor] = []
         self._gate_scales: list[float] = []
-        self._gated: tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] = [], [], []
-        self._scaled: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        self._scalings: list[float] = []
+        groups: defaultdict[tuple[object, ...], list[_Write]] = defaultdict(list)
         for side, stack in sides:
-            for low, (rows, ranks) in zip(stack, slices(stack), strict=True):
-                if low.A is not None and low.B is not None:
-                    self._add(side, low, rows, ranks)
-
-    def _add(self, side: Side, low: LowRank, rows: slice, ranks: slice) -> None:
-        assert low.A is not None and low.B is not None
-        A_slot, B_slot = side.A_RI[ranks], side.B_OR[rows, ranks]
-        if low.scaling == side.alpha:
-            self._copy(B_slot, low.B)
-        else:
-            _append(self._scaled, B_slot, low.B)
-            self._scalings.append(low.scaling)
-        if low.gate is None or side.gate_R is None:
-            self._copy(A_slot, low.A)
-        else:
-            gate_slot = side.gate_R[ranks]
-            _append(self._gates, gate_slot.view(low.gate.shape), low.gate)
-            self._gate_scales.append(low.gate_scale)
-            _append(self._gated, A_slot, low.A, gate_slot.unsqueeze(1))
-
-    def _copy(self, slot: torch.Tensor, value: torch.Tensor) -> None:
-        _append(self._alike if slot.stride() == value.stride() else self._strided, slot, value)
+            for i, (low, (rows, ranks)) in enumerate(zip(stack, slices(stack), strict=True)):
+                if low.A is None or low.B is None:
+                    continue
+                gate = None
+                if low.gate is not None and side.gate_R is not None:
+                    gate = side.gate_R[ranks].unsqueeze(1)
+                    self._gates.append(low.gate)
+                    self._gate_slots.append(side.gate_R[ranks].view(low.gate.shape))
+                    self._gate_scales.append(low.gate_scale)
+                factor = None if low.scaling == side.alpha else low.scaling
+                for which, write in (
+                    ("A", _Write(side.A_RI[ranks], low.A, gate)),
+                    ("B", _Write(side.B_OR[rows, ranks], low.B, factor)),
+                ):
+                    groups[which, i, write.group].append(write)
+        self._batches = [batch for writes in groups.values() for batch in _batches(writes)]
+        # apart, since strides that differ would send a whole list down torch's path of one launch a tensor
+        self._alike: _Lists = [], []
+        self._other: _Lists = [], []
+        for batch in self._batches:
+            for slot, value in batch.copies:
+                slots, values = self._alike if slot.stride() == value.stride() else self._other
+                slots.append(slot)
+                values.append(value)
 
     @torch.no_grad()
     def run(self) -> None:
         """Write the values that the parameters have now."""
-        if self._gates[0]:
-            torch._foreach_copy_(*self._gates)
-            torch._foreach_mul_(self._gates[0], self._gate_scales)
-            slots, A, gates = self._gated
-            torch._foreach_copy_(slots, torch._foreach_mul(A, gates))
-        if self._scaled[0]:
-            slots, B = self._scaled
-            torch._foreach_copy_(slots, torch._foreach_mul(B, self._scalings))
-        for pairs in (self._alike, self._strided):
-            if pairs[0]:
-                torch._foreach_copy_(*pairs)
+        if self._gates:
+            torch._foreach_copy_(self._gate_slots, self._gates)
+            torch._foreach_mul_(self._gate_slots, self._gate_scales)
+        for slots, values in (self._alike, self._other):
+            if slots:
+                torch._foreach_copy_(slots, values)
+        for batch in self._batches:
+            batch.finish()
 
 
-def _append(lists: tuple[list[torch.Tensor], ...], *tensors: torch.Tensor) -> None:
-    for together, tensor in zip(lists, tensors, strict=True):
-        together.append(tensor)
+class _Write(NamedTuple):
+    """``slot = value * factor``; a factor that is a tensor ``(rank, 1)``."""
+
+    slot: torch.Tensor
+    value: torch.Tensor
+    factor: torch.Tensor | float | None
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What writes have in common that lie in one buffer and can be done together."""
+        slot, factor = self.slot, self.factor
+        kind = type(factor) if isinstance(factor, torch.Tensor) else factor
+        place = slot.untyped_storage()._cdata, slot.shape, slot.stride(), slot.dtype
+        return (*place, self.value.dtype, kind)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Writes of one kind: copies first, then one product or copy of all of them into their places.
+
+    Attributes:
+        copies: (slot, value) pairs.
+        source: what the copies wrote to, or the one value itself; None where they have already done all.
+        factor: of the source; a tensor with a factor for each row, a number, or None.
+        blocks: the places.
+    """
+
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
+    source: torch.Tensor | None = None
+    factor: torch.Tensor | float | None = None
+    blocks: torch.Tensor | None = None
+
+    def finish(self) -> None:
+        """What the copies leave to do."""
+        if self.source is None or self.blocks is None:
+            return
+        if self.factor is None:
+            self.blocks.copy_(self.source)
+        else:
+            torch.mul(self.source, self.factor, out=self.blocks)
+
+
+def _batches(writes: list[_Write]) -> list[_Batch]:
+    """The writes of one group as one batch where their slots are evenly spaced, else one by one."""
+    first = writes[0]
+    slots = [write.slot for write in writes]
+    if first.factor is None and first.slot.is_contiguous():
+        return [_Batch([(write.slot, write.value) for write in writes])]
+    blocks = _evenly_spaced(slots)
+    if blocks is None:
+        return [
+            _Batch([(slot, value)]) if factor is None else _Batch([], value, factor, slot)
+            for slot, value, factor in writes
+        ]
+    dtype = (first.slot if first.factor is None else first.value).dtype
+    source = torch.empty(blocks.shape, dtype=dtype, device=blocks.device)
+    factor = first.factor
+    if isinstance(factor, torch.Tensor):
+        factor = _evenly_spaced([write.factor for write in writes if isinstance(write.factor, torch.Tensor)])
+    return [_Batch(list(zip(source, [write.value for write in writes], strict=True)), source, factor, blocks)]
+
+
+def _evenly_spaced(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Parts of one buffer as one view ``(n, ...)``; None where they are alone or lie elsewhere."""
+    first = parts[0]
+    steps = {after.storage_offset() - before.storage_offset() for before, after in pairwise(parts)}
+    if len(steps) != 1 or any(p.untyped_storage()._cdata != first.untyped_storage()._cdata for p in parts):
+        return None
+    return first.as_strided((len(parts), *first.shape), (steps.pop(), *first.stride()))
+
+
+def _line_up(sides: Iterable[Side]) -> None:
+    """Put sides of one shape behind each other in memory, so that a few launches fill all of them."""
+    groups: defaultdict[tuple[object, ...], list[Side]] = defaultdict(list)
+    for side in sides:
+        A, B = side.A_RI, side.B_OR
+        if A.is_contiguous() and B.is_contiguous() and not isinstance(A, FakeTensor):  # not in a border, nor a trace
+            groups[A.shape, B.shape, A.dtype, A.device, side.gate_R is None].append(side)
+    for alike in groups.values():
+        for name in ("A_RI", "B_OR") if alike[0].gate_R is None else ("A_RI", "B_OR", "gate_R"):
+            parts = [getattr(side, name) for side in alike]
+            if len(parts) > 1:
+                for part, place in zip(parts, torch.stack(parts), strict=True):
+                    part.data = place
 
 
 def make_bias(stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:
@@ -376,6 +458,7 @@ class SideCache:
                 self.placement.prune()
         self._biases = {key: copy for key, copy in self._biases.items() if self._wanted(copy)}
         if self._fill is None:
+            _line_up(copy.laid_out for copy in sides.values())
             self._fill = _Fill((copy.laid_out, copy.stack) for copy in sides.values())
         self._fill.run()
         if self._biases:

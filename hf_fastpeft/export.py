@@ -97,11 +97,14 @@ def _exportable_config(model: nn.Module, adapter_name: str) -> Any:
         raise AdapterError(f"{asked}: not in the model; found: {', '.join(map(repr, sorted(configs))) or 'none'}")
     config: Any = configs[adapter_name]
     if config.peft_type.value not in _METHODS:
-        others = (
-            "Virtual tokens are not a change of weights, so no LoRA equals them."
-            if config.is_prompt_learning
-            else "peft.convert_to_lora approximates other methods."
-        )
+        others = "peft.convert_to_lora approximates other methods."
+        if config.is_prompt_learning:
+            others = "Virtual tokens are not a change of weights, so no LoRA equals them."
+        elif config.peft_type.value == "BOTTLENECK":
+            others = (
+                "A bottleneck's nonlinearity is not a change of weights, so no LoRA equals it; keep what "
+                "save_pretrained writes and read it with hf_fastpeft.load_adapter."
+            )
         raise AdapterError(f"{asked} is of type {config.peft_type.value}; possible: {', '.join(_METHODS)}. {others}")
     variants = [
         f.name

@@ -183,7 +183,7 @@ def trainer_of(model, folder, callbacks, **arguments):
         "dataloader_pin_memory": False,
     }
     args = TrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
-    return Trainer(model, args, train_dataset=rows(), callbacks=callbacks)
+    return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(2), callbacks=callbacks)
 
 
 def gates_of(model, adapter="default"):
@@ -465,6 +465,34 @@ def test_a_run_that_ends_before_its_target_is_told(tmp_path):
     ):
         trainer_of(model, tmp_path, [SoraCallback(), Stop()], max_steps=12).train()
     assert sum(k for k, _ in kept_ranks(model).values()) == rank_budget(2, PruneWindow(0, 12), total=16, target=4)
+
+
+@pytest.mark.parametrize(("best", "ranks"), [(1, 16), (5, 4)])
+def test_an_earlier_best_model_keeps_the_ranks_it_was_evaluated_with(tmp_path, best, ranks):
+    class BestAt(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = 0.0 if state.global_step == best else 1.0 + state.global_step
+
+    model = sora_model(target_r=1, warmup_ratio=0.2, settle_ratio=0.2)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        [SoraCallback(), BestAt()],
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(w.message) for w in caught if "SoraCallback" in str(w.message)]
+    assert len(told) == (ranks == 16)
+    assert all("ends with 16 ranks over 4 layers, of a target of 4" in text for text in told)
+    assert sum(k for k, _ in kept_ranks(model).values()) == ranks
 
 
 @pytest.mark.parametrize(

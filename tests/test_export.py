@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoKrConfig, LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.tuners.adalora.layer import AdaLoraLayer
 from safetensors.torch import load_file
 from tiny import tiny_llama
@@ -298,13 +298,32 @@ def test_other_methods_are_refused(tmp_path, made, kind):
         export_to_lora(get_peft_model(tiny_llama(), made), tmp_path)
 
 
-def test_a_bottleneck_is_refused_with_the_way_on(tmp_path):
-    with pytest.raises(
-        AdapterError,
-        match=r"adapter 'default' is of type BOTTLENECK; possible: LORA, ADALORA, ADAPTIVE_LORA, SORA. A bottleneck's "
-        r"nonlinearity is not a change of weights, .* read it with hf_fastpeft.load_adapter",
-    ):
-        export_to_lora(get_peft_model(tiny_llama(), BottleneckAdapterConfig(r=4)), tmp_path)
+@pytest.mark.parametrize(
+    ("made", "instead"),
+    [
+        (
+            BottleneckAdapterConfig(r=4),
+            r"A bottleneck's nonlinearity is not .* read it with hf_fastpeft\.load_adapter",
+        ),
+        (
+            IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+            "merge_and_unload puts it into the base weights",
+        ),
+        (LoKrConfig(target_modules=["q_proj"]), r"peft\.convert_to_lora approximates it"),
+    ],
+)
+def test_other_methods_are_told_what_is_possible(tmp_path, made, instead):
+    """What is named works, and what would not work is not named."""
+    model = get_peft_model(tiny_llama(), made)
+    with pytest.raises(AdapterError, match=instead):
+        export_to_lora(model, tmp_path)
+    if "convert_to_lora" in instead:
+        convert_to_lora(model, rank=2)
+    else:
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(model, rank=2)
+    if "merge_and_unload" in instead:
+        model.merge_and_unload()
 
 
 def test_an_unknown_adapter_is_refused(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -97,11 +98,7 @@ def _exportable_config(model: nn.Module, adapter_name: str) -> Any:
         raise AdapterError(f"{asked}: not in the model; found: {', '.join(map(repr, sorted(configs))) or 'none'}")
     config: Any = configs[adapter_name]
     if config.peft_type.value not in _METHODS:
-        others = (
-            "Virtual tokens are not a change of weights, so no LoRA equals them."
-            if config.is_prompt_learning
-            else "peft.convert_to_lora approximates other methods."
-        )
+        others = _instead(model, config, adapter_name)
         raise AdapterError(f"{asked} is of type {config.peft_type.value}; possible: {', '.join(_METHODS)}. {others}")
     variants = [
         f.name
@@ -121,6 +118,21 @@ def _exportable_config(model: nn.Module, adapter_name: str) -> Any:
             "only those; save with path_initial_model_for_weight_conversion of PEFT instead"
         )
     return config
+
+
+def _instead(model: nn.Module, config: Any, adapter_name: str) -> str:
+    """Why an adapter of another method is no LoRA, and what is possible with it."""
+    if config.is_prompt_learning:
+        return "Virtual tokens are not a change of weights, so no LoRA equals them."
+    if config.peft_type.value == "BOTTLENECK":
+        return (
+            "A bottleneck's nonlinearity is not a change of weights, so no LoRA equals it; keep what save_pretrained "
+            "writes and read it with hf_fastpeft.load_adapter."
+        )
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if all(layer.supports_lora_conversion(adapter_name) for layer in layers):
+        return "peft.convert_to_lora approximates it."
+    return "merge_and_unload puts it into the base weights."
 
 
 def _read_factors(model: nn.Module, adapter_name: str) -> Factors:

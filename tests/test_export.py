@@ -1,18 +1,23 @@
 """Export to plain LoRA: the same outputs where this package is never imported, and in a server's reader."""
 
+import copy
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoKrConfig, LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.tuners.adalora.layer import AdaLoraLayer
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
+from hf_fastpeft import AdaLoraCallback, AdaptiveLoraConfig, BottleneckAdapterConfig, SoraCallback
 from hf_fastpeft.errors import AdapterError, RunExistsError
 from hf_fastpeft.export import export_to_lora
+from hf_fastpeft.tuners._gated import GatedLayer
 from hf_fastpeft.tuners.sora import SoraConfig, SoraLayer
 
 # PEFT 0.21 reads the alias that transformers 5.23 deprecates: peft/peft_model.py, PeftModel.__init__
@@ -139,6 +144,71 @@ def test_all_gates_at_zero_become_rank_one_of_zeros(tmp_path):
     assert torch.equal(logits(loaded), logits(tiny_llama()))
 
 
+BUDGET = {"target_r": 2, "target_modules": MODULES, "task_type": "CAUSAL_LM"}
+TRAINED = {
+    "SoRA": (lambda: SoraConfig(r=4, **BUDGET), SoraCallback),
+    "SoRA, reassigned": (lambda: SoraConfig(r=4, gate_scale=200.0, reassign_ranks=True, **BUDGET), SoraCallback),
+    "adaptive LoRA": (lambda: AdaptiveLoraConfig(init_r=4, delta_t=1, **BUDGET), AdaLoraCallback),
+    "adaptive LoRA, constant": (
+        lambda: AdaptiveLoraConfig(init_r=4, delta_t=1, budget="constant", **BUDGET),
+        AdaLoraCallback,
+    ),
+    "AdaLoRA of PEFT": (lambda: AdaLoraConfig(init_r=4, total_step=9, deltaT=1, **BUDGET), AdaLoraCallback),
+}
+
+
+def trained(method, folder):
+    """After ten steps with its callback, in float64."""
+    make, callback = TRAINED[method]
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), make())
+    rows = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in IDS.repeat(4, 1)]
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=10, per_device_train_batch_size=2, learning_rate=1e-2, weight_decay=0.01,
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=rows, callbacks=[callback()]).train()
+    return model.double().eval()
+
+
+@torch.no_grad()
+def prune(model, which):
+    """Zeroes all gates of the first module, or of every module."""
+    layers = [m for m in model.modules() if isinstance(m, (GatedLayer, AdaLoraLayer))]
+    for layer in layers if which == "all" else layers[:1]:
+        gate = layer.lora_E["default"] if isinstance(layer, AdaLoraLayer) else layer.lora_A["default"].gate.weight
+        gate.zero_()
+
+
+# PEFT takes AdaLoRA's rank_pattern for LoRA's, of another form, and says that it matches nothing.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("pruned", ["as trained", "a module", "all"])
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_trained_adapter_is_one_function_in_every_form(tmp_path, method, pruned):
+    """Gated, merged, saved and reloaded, and with the pruned ranks cut out: the same logits in float64."""
+    model, base = trained(method, tmp_path / "run"), tiny_llama(torch.float64).eval()
+    if pruned != "as trained":
+        prune(model, pruned)
+    want = logits(model)
+    assert want.dtype == torch.float64
+    moved = (want - logits(base)).abs().max()
+    assert moved == 0 if pruned == "all" else moved > 1e-3
+    export_to_lora(model, tmp_path / "plain", dtype=torch.float64)
+    model.save_pretrained(tmp_path / "native")
+    forms = {
+        "plain": PeftModel.from_pretrained(tiny_llama(torch.float64), tmp_path / "plain").eval(),
+        "native": PeftModel.from_pretrained(tiny_llama(torch.float64), tmp_path / "native").eval(),
+        "merged": copy.deepcopy(model).merge_and_unload(safe_merge=True),
+    }
+    forms["plain, merged"] = copy.deepcopy(forms["plain"]).merge_and_unload()
+    forms["server"] = uniform_reader(tmp_path / "plain", tiny_llama(torch.float64))
+    for name, form in forms.items():
+        assert (logits(form) - want).abs().max() <= 1e-10, name
+    written = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    num_ranks = sum(t.shape[0] for key, t in written.items() if "lora_A" in key)
+    assert num_ranks <= 2 * 6  # all: rank 1 of zeros in each of six
+
+
 @pytest.mark.parametrize("cls", [SoraConfig, LoraConfig])
 def test_modules_to_save_go_along(tmp_path, cls):
     model = adapted(cls, modules_to_save=["lm_head"])
@@ -220,11 +290,40 @@ def test_what_plain_lora_cannot_express_is_refused(tmp_path, settings, message):
     ("made", "kind"),
     [
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
+        (BottleneckAdapterConfig(r=4), "BOTTLENECK"),
     ],
 )
 def test_other_methods_are_refused(tmp_path, made, kind):
     with pytest.raises(AdapterError, match=f"is of type {kind}; possible: LORA, ADALORA, ADAPTIVE_LORA, SORA"):
         export_to_lora(get_peft_model(tiny_llama(), made), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("made", "instead"),
+    [
+        (
+            BottleneckAdapterConfig(r=4),
+            r"A bottleneck's nonlinearity is not .* read it with hf_fastpeft\.load_adapter",
+        ),
+        (
+            IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+            "merge_and_unload puts it into the base weights",
+        ),
+        (LoKrConfig(target_modules=["q_proj"]), r"peft\.convert_to_lora approximates it"),
+    ],
+)
+def test_other_methods_are_told_what_is_possible(tmp_path, made, instead):
+    """What is named works, and what would not work is not named."""
+    model = get_peft_model(tiny_llama(), made)
+    with pytest.raises(AdapterError, match=instead):
+        export_to_lora(model, tmp_path)
+    if "convert_to_lora" in instead:
+        convert_to_lora(model, rank=2)
+    else:
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(model, rank=2)
+    if "merge_and_unload" in instead:
+        model.merge_and_unload()
 
 
 def test_an_unknown_adapter_is_refused(tmp_path):

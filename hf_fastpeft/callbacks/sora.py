@@ -15,7 +15,7 @@ from hf_fastpeft.callbacks._decay import DecayExemption
 from hf_fastpeft.callbacks._gates import checkpoint_file, restore_float32, uses_deepspeed
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.sora.layer import GatedLinear, SoraLayer, SoraRuntime
-from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, rank_budget, soft_threshold_
+from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, lambda_share, rank_budget, soft_threshold_
 
 __all__ = ["STATE_FILE", "SoraCallback"]
 
@@ -45,14 +45,30 @@ class _Adapter:
         target_r = self.runtime.config.target_r
         return None if target_r is None else max(round(target_r * len(self.gates)), 1)
 
+    @property
+    def protected(self) -> int:
+        """Ranks that ``min_rank`` keeps."""
+        return sum(min(self.runtime.config.min_rank, gate.numel()) for gate in self.gates)
+
+    @property
+    def under_pressure(self) -> bool:
+        """Whether ``sparse_lambda`` acts."""
+        return self.target is None or self.runtime.config.reassign_ranks
+
+    def share(self, step: int) -> float:
+        """Of ``sparse_lambda`` at a step of the window."""
+        config = self.runtime.config
+        return lambda_share(step, self.window, config.lambda_schedule, stages=config.lambda_stages)
+
 
 class SoraCallback(TrainerCallback):
     """Prunes the active SoRA adapters of the model that a Trainer trains.
 
     Pass it to the trainer's constructor: ``Trainer(..., callbacks=[SoraCallback()])``. Its settings are those of each
     adapter's ``SoraConfig``. Each step it takes the learning rate that the optimizer has just used for the gates, and
-    lowers them by ``lr * sparse_lambda`` (in units of ``gamma``), or zeroes the smallest ones down to the rank budget
-    if ``target_r`` is given. Steps that the optimizer skipped, and steps outside the pruning window, change nothing;
+    lowers them by ``lr * sparse_lambda`` (in units of ``gamma``; ``lambda_schedule`` lets it grow), or zeroes the
+    smallest ones of all layers down to the rank budget if ``target_r`` is given, or does both with
+    ``reassign_ranks``. Steps that the optimizer skipped, and steps outside the pruning window, change nothing;
     in the settling phase zero gates are held at zero. Weight decay never reaches the gates.
 
     A resumed run equals a straight one bit for bit. Checkpoints carry ``sora_state.json`` (window and history).
@@ -62,6 +78,7 @@ class SoraCallback(TrainerCallback):
             ``trainer.state.log_history`` get ``sora/kept_rank``, the mean over layers.
 
     Raises:
+        ValueError: on train begin, a schedule or target that the run or the layers do not allow.
         RuntimeError: on train begin, under DeepSpeed, whose optimizer keeps its own copy of the gates; for gates that
             the optimizer does not hold; for sharded gates with ``target_r`` or ``min_rank``.
         AdapterError: on train begin, the checkpoint's ``sora_state.json`` cannot be read.
@@ -105,6 +122,7 @@ class SoraCallback(TrainerCallback):
             restore_float32(adapter.gates, optimizer)
             _refuse_shards(adapter)
             adapter.window = PruneWindow.of(adapter.runtime.config, state.max_steps)
+            _refuse_settings(adapter)
             group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
             _assign_groups(adapter, group_of)
             if state.global_step == 0:
@@ -159,6 +177,18 @@ class SoraCallback(TrainerCallback):
             (folder / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for adapter in self._adapters:
+            if adapter.target is None:
+                continue
+            left = sum(_count([adapter]).values())
+            if left > max(adapter.target, adapter.protected):
+                warnings.warn(
+                    f"SoraCallback: adapter {adapter.name!r} ends with {left} ranks over {len(adapter.gates)} layers, "
+                    f"of a target of {adapter.target}: the run ended, or load_best_model_at_end went back, to before "
+                    f"step {adapter.window.end}, at which pruning ends. All {left} are kept.",
+                    UserWarning,
+                    stacklevel=2,
+                )
         self._release()
 
     def _release(self) -> None:
@@ -206,15 +236,16 @@ def _prune(adapter: _Adapter, step: int, param_groups: list[dict[str, Any]]) -> 
     if not adapter.window.first <= step < adapter.window.end:
         return
     config = adapter.runtime.config
+    if adapter.under_pressure:
+        pressure = config.sparse_lambda * adapter.share(step)
+        for index, members in adapter.by_group.items():
+            threshold = param_groups[index]["lr"] * pressure
+            soft_threshold_([_local(gate) for gate in members], threshold, min_rank=config.min_rank)
     if adapter.target is not None:
         gates = adapter.local_gates()
         total = sum(gate.numel() for gate in gates)
         budget = rank_budget(step, adapter.window, total=total, target=adapter.target)
         keep_largest_(gates, budget, min_rank=config.min_rank)
-        return
-    for index, members in adapter.by_group.items():
-        threshold = param_groups[index]["lr"] * config.sparse_lambda
-        soft_threshold_([_local(gate) for gate in members], threshold, min_rank=config.min_rank)
 
 
 def _active_adapters(model: nn.Module) -> list[_Adapter]:
@@ -274,6 +305,24 @@ def _refuse_shards(adapter: _Adapter) -> None:
         )
 
 
+def _refuse_settings(adapter: _Adapter) -> None:
+    """Settings that only the run and the layers show to be wrong."""
+    config, window = adapter.runtime.config, adapter.window
+    asked = f"SoraCallback: adapter {adapter.name!r}"
+    num_steps = window.end - window.first
+    if adapter.under_pressure and config.lambda_schedule == "stages" and config.lambda_stages > num_steps:
+        raise ValueError(
+            f"{asked}: lambda_stages={config.lambda_stages!r}: the run prunes in {num_steps} steps, {window.first} to "
+            f"{window.end}; possible: at most {num_steps} stages, or a longer run"
+        )
+    total = sum(gate.numel() for gate in adapter.gates)
+    if adapter.target is not None and adapter.target > total:
+        raise ValueError(
+            f"{asked}: target_r={config.target_r!r} over {len(adapter.gates)} layers are {adapter.target} ranks, and "
+            f"the layers have {total}; possible: a target_r of at most {total / len(adapter.gates):g}, or a larger r"
+        )
+
+
 def _assign_groups(adapter: _Adapter, group_of: dict[int, int]) -> None:
     missing = [p for p, gate in zip(adapter.paths, adapter.gates, strict=True) if id(gate) not in group_of]
     if missing:
@@ -289,7 +338,7 @@ def _assign_groups(adapter: _Adapter, group_of: dict[int, int]) -> None:
 def _warn_about_schedule(adapter: _Adapter, optimizer: Any, lr_scheduler: Any, group_of: dict[int, int]) -> None:
     """Tell a run that cannot prune, or that must prune everything, before it starts."""
     config = adapter.runtime.config
-    if adapter.target is not None:
+    if not adapter.under_pressure:
         return
     decays = {
         optimizer.param_groups[group_of[id(p)]].get("weight_decay", 0.0) for p in adapter.matrices if id(p) in group_of
@@ -301,38 +350,46 @@ def _warn_about_schedule(adapter: _Adapter, optimizer: Any, lr_scheduler: Any, g
             UserWarning,
             stacklevel=3,
         )
-    sums = [_sum_lr(lr_scheduler, index, adapter.window) for index in adapter.by_group]
-    if any(total is None for total in sums):
+    sums = [_sum_lr(lr_scheduler, index, adapter) for index in adapter.by_group]
+    known = [pair for pair in sums if pair is not None]
+    if len(known) < len(sums):
         return
-    sum_lr = max(total for total in sums if total is not None)
+    sum_lr, weighed = (max(values) for values in zip(*known, strict=True))
     sizes = torch.cat([gate.abs().to("cpu") for gate in adapter.local_gates()]) * config.gate_scale
-    reach = config.sparse_lambda * config.gate_scale * sum_lr
+    reach = config.sparse_lambda * config.gate_scale * weighed
     asked = (
-        f"sparse_lambda={config.sparse_lambda:g}, gate_scale={config.gate_scale:g} and a learning rate that sums to "
-        f"{sum_lr:.3g} over steps {adapter.window.first} to {adapter.window.end}"
+        f"sparse_lambda={config.sparse_lambda:g}, gate_scale={config.gate_scale:g}, "
+        f"lambda_schedule={config.lambda_schedule!r} and a learning rate that sums to {sum_lr:.3g} over steps "
+        f"{adapter.window.first} to {adapter.window.end}"
     )
+    aim, instead = ("prune", ", or set target_r.") if adapter.target is None else ("free a rank", ".")
     if reach < sizes.min().item():
         warnings.warn(
-            f"SoraCallback: this schedule cannot prune: {asked} lower a gate by {reach:.3g} at most, and the smallest "
-            f"is {sizes.min().item():.3g}. Raise gate_scale, sparse_lambda (up to 1) or the steps, or set target_r.",
+            f"SoraCallback: this schedule cannot {aim}: {asked} lower a gate by {reach:.3g} at most, and the smallest "
+            f"is {sizes.min().item():.3g}. Raise gate_scale, sparse_lambda (up to 1) or the steps{instead}",
             UserWarning,
             stacklevel=3,
         )
-    elif (config.sparse_lambda - 1) * config.gate_scale * sum_lr >= sizes.max().item():
+    # Adam raises a gate by lr a step at most, and the pressure lowers it by lr * sparse_lambda * share.
+    elif reach - config.gate_scale * sum_lr >= sizes.max().item():
         warnings.warn(
             f"SoraCallback: this schedule must prune every rank: {asked} lower each gate faster than Adam can raise "
-            "it. Lower sparse_lambda below 1, or set target_r.",
+            f"it. Lower sparse_lambda below 1{instead}",
             UserWarning,
             stacklevel=3,
         )
 
 
-def _sum_lr(lr_scheduler: Any, index: int, window: PruneWindow) -> float | None:
-    """Learning rate of a parameter group summed over the window; None where the schedule is not known ahead."""
+def _sum_lr(lr_scheduler: Any, index: int, adapter: _Adapter) -> tuple[float, float] | None:
+    """Learning rate of a parameter group summed over the window, as it is and times the share of the pressure.
+
+    None where the schedule is not known ahead.
+    """
     lambdas = getattr(lr_scheduler, "lr_lambdas", None)
     if not lambdas or index >= len(lambdas):
         return None
-    num_steps = window.end - window.first
-    stride = max(1, num_steps // _MAX_SCHEDULE_SAMPLES)
-    samples = [float(lambdas[index](step)) for step in range(window.first, window.end, stride)]
-    return float(lr_scheduler.base_lrs[index]) * sum(samples) / max(len(samples), 1) * num_steps
+    steps = range(adapter.window.first, adapter.window.end)
+    sampled = steps[:: max(1, len(steps) // _MAX_SCHEDULE_SAMPLES)]
+    rates = [float(lr_scheduler.base_lrs[index]) * float(lambdas[index](step)) for step in sampled]
+    weighed = [rate * adapter.share(step) for rate, step in zip(rates, sampled, strict=True)]
+    return sum(rates) / len(sampled) * len(steps), sum(weighed) / len(sampled) * len(steps)

@@ -39,12 +39,17 @@ class SoraOptions(Strict):
     """Fields of `hf_fastpeft.SoraConfig`; a field left out keeps that class's default."""
 
     sparse_lambda: NonNegativeFloat | None = None
+    lambda_schedule: Literal["constant", "linear", "cosine", "cubic", "stages"] | None = None
+    """How the pressure grows to ``sparse_lambda`` over the pruning window."""
+    lambda_stages: PositiveInt | None = None
     gate_scale: PositiveFloat | None = None
     gate_init: Literal["ones", "randn"] | None = None
     warmup_ratio: BelowOne | None = None
     settle_ratio: BelowOne | None = None
     target_r: PositiveFloat | None = None
     """Mean rank a module keeps at the end of the run."""
+    reassign_ranks: bool | None = None
+    """With ``target_r``: ranks that ``sparse_lambda`` frees go to other modules."""
     min_rank: Annotated[Int, Field(ge=0)] | None = None
 
 

@@ -33,6 +33,7 @@ class RunResult:
         patch: report of `patch_model`, None where patching was off.
         seconds: wall clock by phase.
         history: Trainer's log.
+        rank_history: ``(step, module -> ranks kept)`` at every logging step.
     """
 
     output_dir: Path

@@ -210,7 +210,9 @@ class _Run:
         result = RunResult(Path(config.output_dir), seconds=self.seconds)
         probes = (data.held_out or data.train)[: config.fastpeft.samples]
         self._before(result, probes, checkpoint)
-        with _timed(self.seconds, "training"), self.stop.on_interrupt():
+        with _timed(self.seconds, "training"), self.stop.on_interrupt(), warnings.catch_warnings():
+            # An interrupted run goes on, so the ranks that it has by then are not its last.
+            warnings.filterwarnings("ignore", message=r"\w+Callback: adapter .* ends with \d+ ranks")
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except KeyboardInterrupt:

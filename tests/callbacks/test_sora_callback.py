@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import warnings
 
 import pytest
@@ -20,7 +21,7 @@ from hf_fastpeft.callbacks._decay import DecayExemption
 from hf_fastpeft.callbacks.sora import STATE_FILE, SoraCallback
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.sora import SoraConfig, SoraLayer, kept_ranks
-from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, rank_budget, soft_threshold_
+from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, lambda_share, rank_budget, soft_threshold_
 
 # PEFT 0.21 reads the alias that transformers 5.23 deprecates: peft/peft_model.py, PeftModel.__init__
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -100,6 +101,63 @@ def test_rank_budget_falls_from_all_ranks_to_the_target(first, length, total, sh
         assert budgets[window.end - 1] == target
 
 
+@given(
+    gate=st.lists(st.floats(-2, 2), min_size=1, max_size=6, unique_by=abs),
+    threshold=st.floats(0, 1),
+    budget=st.integers(0, 6),
+)
+def test_threshold_and_budget_together_are_the_proximal_operator_of_both(gate, threshold, budget):
+    """Against the minimum over every support of at most ``budget`` entries; on a support, softshrink is optimal."""
+    g = torch.tensor(gate, dtype=torch.float64)
+
+    def objective(x):
+        return ((x - g) ** 2).sum() / 2 + threshold * x.abs().sum()
+
+    supports = [mask for mask in itertools.product((0.0, 1.0), repeat=len(gate)) if sum(mask) <= budget]
+    best = min(objective(softshrink(g, threshold) * torch.tensor(mask, dtype=torch.float64)) for mask in supports)
+    x = g.clone()
+    soft_threshold_([x], threshold)
+    keep_largest_([x], budget)
+    assert torch.count_nonzero(x) <= budget
+    torch.testing.assert_close(objective(x), best, rtol=1e-12, atol=1e-12)
+
+
+FORMULAS = {
+    "constant": lambda u: 1.0,
+    "linear": lambda u: u,
+    "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2,
+    "cubic": lambda u: 1 - (1 - u) ** 3,
+}
+
+
+@given(name=st.sampled_from(sorted(FORMULAS)), first=st.integers(0, 50), length=st.integers(1, 300))
+def test_the_pressure_follows_its_formula(name, first, length):
+    window = PruneWindow(first, first + length)
+    shares = [lambda_share(step, window, name) for step in range(first, first + length)]
+    assert shares == pytest.approx([FORMULAS[name](i / length) for i in range(1, length + 1)], rel=1e-12)
+    assert all(0 < a <= b <= 1 for a, b in itertools.pairwise([*shares, 1.0]))
+    assert shares[-1] == 1.0
+
+
+@given(length=st.integers(1, 300), stages=st.integers(1, 20))
+def test_stages_rise_in_equal_steps_of_equal_length(length, stages):
+    shares = [lambda_share(7 + i, PruneWindow(7, 7 + length), "stages", stages=stages) for i in range(length)]
+    assert {round(share * stages, 9) for share in shares} <= set(range(1, stages + 1))
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    if length >= stages:
+        lengths = [len(list(group)) for _, group in itertools.groupby(shares)]
+        assert len(lengths) == stages
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_the_cubic_pressure_rises_as_the_rank_budget_falls():
+    window = PruneWindow(3, 43)
+    for step in range(3, 43):
+        left = rank_budget(step, window, total=10**9, target=0) / 10**9
+        assert lambda_share(step, window, "cubic") == pytest.approx(1 - left, abs=1e-8)
+
+
 def rows(n=8, seq_len=12):
     ids = torch.randint(3, 128, (n, seq_len), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
@@ -125,7 +183,7 @@ def trainer_of(model, folder, callbacks, **arguments):
         "dataloader_pin_memory": False,
     }
     args = TrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
-    return Trainer(model, args, train_dataset=rows(), callbacks=callbacks)
+    return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(2), callbacks=callbacks)
 
 
 def gates_of(model, adapter="default"):
@@ -163,6 +221,21 @@ def test_each_step_is_softshrink_with_the_learning_rate_of_that_step(tmp_path, a
     for lr, stepped, pruned in zip(early.lrs, early.after, late.after, strict=True):
         for a, b in zip(stepped, pruned, strict=True):
             assert torch.equal(b, softshrink(a, lr * 0.3))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cubic", "stages"])
+def test_a_scheduled_step_is_softshrink_with_its_share_of_lambda(tmp_path, schedule, accumulation):
+    early, late = Record(), Record()
+    settings = {"sparse_lambda": 0.3, "gate_scale": 500.0, "settle_ratio": 0.2}
+    model = sora_model(lambda_schedule=schedule, lambda_stages=2, **settings)
+    trainer_of(
+        model, tmp_path, [early, SoraCallback(), late], max_steps=5, gradient_accumulation_steps=accumulation
+    ).train()
+    shares = [FORMULAS.get(schedule, lambda u: 0.5 if u <= 0.5 else 1.0)(u) for u in (0.25, 0.5, 0.75, 1.0)]
+    for step, share in enumerate(shares):
+        for a, b in zip(early.after[step], late.after[step], strict=True):
+            assert torch.equal(b, softshrink(a, early.lrs[step] * (0.3 * share)))
 
 
 def test_pruning_stays_inside_its_window_and_zeros_stay_zero_while_settling(tmp_path):
@@ -210,11 +283,29 @@ SETTINGS = {
     "fixed": {"sparse_lambda": 0.5},
     "fixed, min_rank": {"sparse_lambda": 0.9, "min_rank": 1},
     "closed loop": {"target_r": 2, "warmup_ratio": 0.1, "settle_ratio": 0.3, "lora_dropout": 0.1},
+    "stages": {"sparse_lambda": 0.9, "lambda_schedule": "stages"},
+    "cosine": {"sparse_lambda": 0.9, "lambda_schedule": "cosine", "settle_ratio": 0.2},
+    "reassigned": {
+        "gate_scale": 100.0,
+        "target_r": 2,
+        "reassign_ranks": True,
+        "sparse_lambda": 0.6,
+        "lambda_schedule": "cubic",
+    },
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), [("fixed", 4), ("fixed, min_rank", 4), ("closed loop", 4), ("closed loop", 8)]
+    ("name", "at"),
+    [
+        ("fixed", 4),
+        ("fixed, min_rank", 4),
+        ("closed loop", 4),
+        ("closed loop", 8),
+        ("stages", 4),
+        ("cosine", 4),
+        ("reassigned", 8),
+    ],
 )
 def test_resume_equals_a_straight_run_bit_for_bit(tmp_path, name, at):
     common = {"max_steps": 10, "save_strategy": "steps", "save_steps": at, "save_only_model": False}
@@ -298,6 +389,128 @@ def test_a_skipped_optimizer_step_prunes_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(gates_of(model), before, strict=True))
     callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
     assert not any(torch.equal(a, b) for a, b in zip(gates_of(model), before, strict=True))
+
+
+class ByHand:
+    """A run whose gradients are given: only the gates train, under Adam, and the callback acts after each step."""
+
+    def __init__(self, steps, lr=1e-3, **settings):
+        self.model, self.callback = sora_model(**settings), SoraCallback()
+        self.optimizer = torch.optim.Adam(gates_of(self.model), lr=lr)
+        self.state = type("State", (), {"global_step": 0, "max_steps": steps})()
+        self.args = type("Args", (), {"output_dir": "nowhere"})()
+        self.callback.on_train_begin(self.args, self.state, None, model=self.model, optimizer=self.optimizer)
+
+    def step(self, grads):
+        """Ranks left in each layer after a step with one gradient for all gates of a layer."""
+        for gate, value in zip(gates_of(self.model), grads, strict=True):
+            gate.grad = torch.full_like(gate, value)
+        self.callback.on_step_begin(self.args, self.state, None)
+        self.optimizer.step()
+        self.callback.on_optimizer_step(self.args, self.state, None, optimizer=self.optimizer)
+        self.state.global_step += 1
+        return [int((gate != 0).sum()) for gate in gates_of(self.model)]
+
+
+@pytest.mark.filterwarnings(NO_DECAY)
+@pytest.mark.parametrize("reassign", [False, True])
+def test_freed_ranks_go_to_the_layers_that_the_loss_pulls(reassign):
+    """The first two layers are pulled up for 40 steps, then the last two; a gradient that alternates pulls nowhere."""
+    run = ByHand(200, target_r=2, reassign_ranks=reassign, warmup_ratio=0.05, settle_ratio=0.1)
+    matrices = {n: p.detach().clone() for n, p in run.model.named_parameters() if "gate" not in n}
+    kept, largest_return = [], 0.0
+    for step in range(200):
+        before = [gate.detach().clone() for gate in gates_of(run.model)]
+        noise = 0.1 * (-1) ** step
+        kept.append(run.step([-1, -1, noise, noise] if step < 40 else [noise, noise, -1, -1]))
+        back = torch.cat([now[old == 0] for old, now in zip(before, gates_of(run.model), strict=True)])
+        largest_return = max([largest_return, *back.abs().tolist()])
+    window = PruneWindow(10, 180)
+    assert all(sum(now) <= rank_budget(step, window, total=16, target=8) for step, now in enumerate(kept))
+    assert sum(kept[100][:2]) > sum(kept[100][2:])
+    if reassign:
+        assert sum(kept[-1][2:]) == 8
+        assert sum(kept[-1][:2]) == 0
+        assert 0 < largest_return <= 1e-3 * 1.01  # Adam's step: no rank comes back with a jump
+    else:
+        assert all(later <= earlier for a, b in itertools.pairwise(kept) for earlier, later in zip(a, b, strict=True))
+    for name, old in matrices.items():  # A and B are the optimizer's alone
+        assert torch.equal(run.model.get_parameter(name), old), name
+
+
+@pytest.mark.filterwarnings(NO_DECAY)
+def test_reassigned_layers_keep_min_rank():
+    run = ByHand(60, lr=1e-2, target_r=1.5, min_rank=1, reassign_ranks=True, warmup_ratio=0)
+    kept = [run.step([-1, -1, 0, 0]) for _ in range(60)]
+    assert min(min(now) for now in kept) >= 1
+    assert sum(kept[-1]) == 6
+
+
+def test_without_a_steady_pull_freed_ranks_stay_free(tmp_path):
+    """At a pressure that no Adam step reaches every gate dies, so the target is an upper bound."""
+    model = sora_model(target_r=2, reassign_ranks=True, sparse_lambda=4.0)
+    with pytest.warns(UserWarning, match=r"must prune every rank: .* Lower sparse_lambda below 1\.$"):
+        trainer_of(model, tmp_path, [SoraCallback()], learning_rate=2e-2, max_steps=10).train()
+    assert sum(k for k, _ in kept_ranks(model).values()) == 0
+
+
+def test_a_run_that_ends_before_its_target_is_told(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    model = sora_model(target_r=1)
+    with pytest.warns(
+        UserWarning, match=r"ends with \d+ ranks over 4 layers, of a target of 4: the run ended.*step 12"
+    ):
+        trainer_of(model, tmp_path, [SoraCallback(), Stop()], max_steps=12).train()
+    assert sum(k for k, _ in kept_ranks(model).values()) == rank_budget(2, PruneWindow(0, 12), total=16, target=4)
+
+
+@pytest.mark.parametrize(("best", "ranks"), [(1, 16), (5, 4)])
+def test_an_earlier_best_model_keeps_the_ranks_it_was_evaluated_with(tmp_path, best, ranks):
+    class BestAt(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = 0.0 if state.global_step == best else 1.0 + state.global_step
+
+    model = sora_model(target_r=1, warmup_ratio=0.2, settle_ratio=0.2)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        [SoraCallback(), BestAt()],
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(w.message) for w in caught if "SoraCallback" in str(w.message)]
+    assert len(told) == (ranks == 16)
+    assert all("ends with 16 ranks over 4 layers, of a target of 4" in text for text in told)
+    assert sum(k for k, _ in kept_ranks(model).values()) == ranks
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"lambda_schedule": "stages", "lambda_stages": 7},
+            "lambda_stages=7: the run prunes in 6 steps, 0 to 6; possible: at most 6 stages",
+        ),
+        (
+            {"target_r": 4, "rank_pattern": {"q_proj": 1}},
+            r"target_r=4 over 4 layers are 16 ranks, and the layers have 10; possible: a target_r of at most 2\.5",
+        ),
+    ],
+)
+def test_what_the_run_or_the_layers_do_not_allow_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(sora_model(**settings), tmp_path, [SoraCallback()]).train()
 
 
 def test_only_active_adapters_are_pruned(tmp_path):
@@ -423,6 +636,7 @@ def test_a_model_without_sora_is_told(tmp_path):
         ({}, {"learning_rate": 1e-5}, "cannot prune: sparse_lambda=0.5, gate_scale=50"),
         ({"sparse_lambda": 2.0}, {"learning_rate": 1.0, "max_steps": 20}, "must prune every rank"),
         ({"gate_scale": 1e3}, {"weight_decay": 0.0}, "no weight decay on A and B"),
+        ({"target_r": 2, "reassign_ranks": True}, {"learning_rate": 1e-5}, "cannot free a rank: sparse_lambda=0.5"),
     ],
 )
 def test_a_schedule_that_cannot_work_is_told(tmp_path, settings, arguments, message):
@@ -432,6 +646,29 @@ def test_a_schedule_that_cannot_work_is_told(tmp_path, settings, arguments, mess
     said = [str(w.message) for w in caught if "SoraCallback" in str(w.message)]
     assert len(said) == 1
     assert message in said[0]
+
+
+@pytest.mark.parametrize(
+    ("sparse_lambda", "schedule", "learning_rate", "message"),
+    [
+        # 6 steps at 9e-3 lower a gate by 0.5 * 50 * 6 * 9e-3 = 1.35 of 1; a linear growth has 7/12 of that: 0.79
+        (0.5, "constant", 9e-3, None),
+        (0.5, "linear", 9e-3, "cannot prune: sparse_lambda=0.5, gate_scale=50, lambda_schedule='linear' .* by 0.787"),
+        # (2 - 1) * 50 * 6 * 1e-2 = 3 of 1; with the growth (2 * 7/12 - 1) * 50 * 6 * 1e-2 = 0.5
+        (2.0, "constant", 1e-2, "must prune every rank"),
+        (2.0, "linear", 1e-2, None),
+    ],
+)
+def test_what_is_told_counts_the_growth_of_the_pressure(tmp_path, sparse_lambda, schedule, learning_rate, message):
+    model = sora_model(sparse_lambda=sparse_lambda, lambda_schedule=schedule)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_of(
+            model, tmp_path, [SoraCallback()], learning_rate=learning_rate, lr_scheduler_type="constant"
+        ).train()
+    said = [str(w.message) for w in caught if "this schedule" in str(w.message)]
+    assert len(said) == (message is not None)
+    assert message is None or re.search(message, said[0])
 
 
 def test_gates_outside_the_optimizer_are_refused(tmp_path):

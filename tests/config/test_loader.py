@@ -103,6 +103,23 @@ def test_null_and_false_are_accepted_for_every_key_that_is_not_implemented():
     assert parse_config(BASE + "rl: false\nrelora: false\ndeepspeed: null\n").config == loaded.config
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "lambda_schedule: linaer",
+            "fastpeft.sora.lambda_schedule: found 'linaer'; possible: constant, linear, cosine, cubic, stages",
+        ),
+        ("lambda_stages: 0", "fastpeft.sora.lambda_stages: found 0; "),
+        ("reassign_ranks: maybe", "fastpeft.sora.reassign_ranks: found 'maybe'; expected a valid boolean"),
+        ("min_rank: -1", "fastpeft.sora.min_rank: found -1; "),
+    ],
+)
+def test_a_wrong_option_of_sora_is_named(options, message):
+    (found,) = mistakes(BASE + f"adapter: sora\nfastpeft: {{sora: {{{options}}}}}\n")
+    assert message in found
+
+
 def test_null_means_the_default_at_every_level():
     text = "base_model: m\ndatasets: [{path: x, split: null}]\nlora_r: null\nfastpeft: {sora: {target_r: null}}\n"
     config = parse_config(text).config

@@ -94,6 +94,10 @@ def test_lora_and_sora_configs_carry_their_keys():
     )
     assert type(sora).__name__ == "SoraConfig"
     assert (sora.target_r, sora.min_rank, sora.target_modules) == (3, 1, "all-linear")
+    assert (sora.lambda_schedule, sora.lambda_stages, sora.reassign_ranks) == ("constant", 4, False)
+    options = {"target_r": 3, "reassign_ranks": True, "lambda_schedule": "stages", "lambda_stages": 2}
+    sora = adapter_config(config(adapter="sora", lora_target_linear=True, fastpeft={"sora": options}), None)
+    assert (sora.lambda_schedule, sora.lambda_stages, sora.reassign_ranks) == ("stages", 2, True)
     assert adapter_config(config(), None) is None
 
 

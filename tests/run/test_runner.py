@@ -105,6 +105,42 @@ def test_a_sora_run_prunes_draws_and_exports_the_same_function(base, tmp_path, c
     assert json.loads((out / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+@pytest.mark.filterwarnings("ignore:SoraCallback. this schedule cannot free a rank:UserWarning")
+# PEFT 0.21 on loading its own AdaLoRA folders.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        ("sora", {"target_r": 2, "reassign_ranks": True, "lambda_schedule": "cubic"}),
+        ("adalora", {"target_r": 2, "tinit": 1, "tfinal": 2, "delta_t": 1}),
+        ("adaptive_lora", {"target_r": 2, "tinit": 1, "tfinal": 2, "delta_t": 1}),
+    ],
+)
+def test_every_adaptive_method_draws_its_ranks_and_logs_them(base, tmp_path, console, adapter, options):
+    out = tmp_path / "out"
+    result = train(
+        config(base, out, adapter=adapter, max_steps=8, weight_decay=0.01, fastpeft={adapter: options}),
+        console=console,
+    )
+    logged = [e[key] for e in result.history for key in ("sora/kept_rank", "adalora/kept_rank") if key in e]
+    assert len(logged) == 9  # eight steps and the summary
+    assert logged[-1] == logged[-2] == sum(kept for kept, _ in result.kept_ranks.values()) / 14 == 2
+    assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert [entry["step"] for entry in json.loads((out / "report.json").read_text())["rank_history"]] == [*range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_r": 2, "min_rank": 5}, "min_rank=5: possible: an integer from 0 to r=4"),
+        ({"reassign_ranks": True}, "reassign_ranks=True, target_r=None: there is no budget"),
+    ],
+)
+def test_options_of_sora_that_do_not_go_together_are_told_before_loading(base, tmp_path, console, options, message):
+    with pytest.raises(ConfigError, match=f"adapter: sora: SoraConfig: {message}"):
+        train(config(base, tmp_path / "out", adapter="sora", fastpeft={"sora": options}), console=console)
+
+
 def test_full_fine_tuning_saves_a_model(base, tmp_path, console):
     values = {"adapter": "none", "lora_target_linear": False, "max_steps": None, "num_epochs": 1}
     result = train(config(base, tmp_path / "out", **values), console=console)

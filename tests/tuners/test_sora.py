@@ -80,6 +80,17 @@ def logits(model):
         ({"min_rank": 5}, "min_rank=5: possible: an integer from 0 to r=4"),
         ({"min_rank": 1.5}, "min_rank=1.5"),
         ({"min_rank": 3, "target_r": 2}, "min_rank=3: above target_r=2"),
+        (
+            {"lambda_schedule": "quadratic"},
+            "lambda_schedule='quadratic': possible: 'constant', 'linear', 'cosine', 'cubic', 'stages'",
+        ),
+        ({"lambda_stages": 0}, "lambda_stages=0: possible: an integer above 0"),
+        ({"reassign_ranks": "yes"}, "reassign_ranks='yes': possible: True, False"),
+        ({"reassign_ranks": True}, "reassign_ranks=True, target_r=None: there is no budget"),
+        (
+            {"lambda_schedule": "linear", "target_r": 2},
+            "lambda_schedule='linear': no sparse_lambda acts with target_r=2.*or reassign_ranks=True",
+        ),
         ({"r": 0}, "r=0: possible: an integer above 0"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern=.*ranks are above 0"),
         ({"use_dora": True}, "use_dora=True: this LoRA variant has no gated form"),
@@ -104,6 +115,9 @@ def test_all_mistakes_come_together():
 def test_config_round_trip(tmp_path):
     made = config(
         sparse_lambda=0.2,
+        lambda_schedule="stages",
+        lambda_stages=3,
+        reassign_ranks=True,
         gate_scale=7.0,
         gate_init="randn",
         warmup_ratio=0.2,

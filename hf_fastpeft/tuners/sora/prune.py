@@ -1,4 +1,8 @@
-"""How SoRA's gates are pruned: proximal step (arXiv 2311.11696, eq. 6) and rank budget. Tensors in, tensors changed.
+"""How SoRA's gates are pruned: proximal step (arXiv 2311.11696, eq. 6), its schedule, and rank budget.
+
+`soft_threshold_` by ``t``, then `keep_largest_` to ``k`` ranks, is the proximal operator of both together:
+
+    argmin_x  |x - g|² / 2 + t |x|_1   over all x with at most k entries that are not zero
 
 Everything runs on the gates' device with a fixed number of operations a step and no host synchronisation.
 """
@@ -10,7 +14,7 @@ import torch
 
 from hf_fastpeft.tuners.sora.config import SoraConfig
 
-__all__ = ["PruneWindow", "keep_largest_", "rank_budget", "soft_threshold_"]
+__all__ = ["PruneWindow", "keep_largest_", "lambda_share", "rank_budget", "soft_threshold_"]
 
 Gates = list[torch.Tensor]
 
@@ -41,6 +45,36 @@ def rank_budget(step: int, window: PruneWindow, *, total: int, target: int) -> i
         return target
     left = 1 - (step - window.first + 1) / steps
     return target + math.ceil((total - target) * left**3)
+
+
+def lambda_share(step: int, window: PruneWindow, schedule: str, *, stages: int = 1) -> float:
+    """Share of ``sparse_lambda`` that acts at ``step``; never falls, and is 1 at the last step of the window.
+
+    With ``u = (step - first + 1) / (end - first)``, which goes up to 1 in the window:
+
+        constant   1
+        linear     u
+        cosine     (1 - cos(pi u)) / 2
+        cubic      1 - (1 - u)³              rises as the cubic rank budget falls (arXiv 2303.10512, eq. 13)
+        stages     ceil(stages u) / stages   equal steps upwards (arXiv 2311.11696, the sparsifying scheduler)
+
+    Args:
+        step: counted from 0, inside the window.
+        window: the steps in which gates are pruned.
+        schedule: one of the names above.
+        stages: of ``"stages"``, at least 1.
+    """
+    done, steps = step - window.first + 1, window.end - window.first
+    u = done / steps
+    if schedule == "linear":
+        return u
+    if schedule == "cosine":
+        return (1 - math.cos(math.pi * u)) / 2
+    if schedule == "cubic":
+        return 1 - (1 - u) ** 3
+    if schedule == "stages":
+        return -(-stages * done // steps) / stages  # integers: a stage never starts late by rounding
+    return 1.0
 
 
 def soft_threshold_(gates: Gates, threshold: float | torch.Tensor, *, min_rank: int = 0) -> None:

@@ -514,9 +514,15 @@ def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *ar
     stats = _token_stats(model, rows_NH, _chosen(targets_BS, places_N), head_options, entropy_gradient=True)
     mask_BS = (mask_BS[:, :-1] if shift_labels is None else mask_BS).to(stats.log_probs.device)
     wanted = {"log_probs", *options["outputs"]}
-    # masked_scatter keeps the result connected to the model even when no label is left
+    places_N = places_N.to(mask_BS.device)
+    if shift_labels is None:  # a row is one shorter than those that the places were counted in
+        places_N = places_N - places_N.div(targets_BS.shape[1], rounding_mode="floor")
+    # index_copy keeps the result connected to the model even when no label is left; the backward of masked_scatter
+    # waits for the device
     fields = {
-        name: value.new_zeros(mask_BS.shape).masked_scatter(mask_BS, value) if name in wanted else None
+        name: value.new_zeros(mask_BS.numel()).index_copy(0, places_N, value).view_as(mask_BS)
+        if name in wanted
+        else None
         for name, value in stats._asdict().items()
     }
     loss = -stats.log_probs.sum() / (mask_BS.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_fastpeft.border import Border, Placement
 from hf_fastpeft.lowrank import LowRank
-from hf_fastpeft.stacking import weights_of
+from hf_fastpeft.stacking import is_sharded, several_processes, weights_of
 
 __all__ = ["Copies", "Side", "SideCache", "Stack", "make_bias", "make_side", "slices"]
 
@@ -308,6 +308,7 @@ class SideCache:
         self.forwards = 0
         self.placement = placement
         self._inside = self._bare = False
+        self._whole = True  # in the last forward: no parameter was sharded away
         self._sides: dict[tuple[object, ...], Copy[Side]] = {}
         self._biases: dict[tuple[object, ...], Copy[torch.Tensor]] = {}
         self._fill: _Fill | None = None  # of all sides; None since they are others
@@ -323,10 +324,12 @@ class SideCache:
         return SideCache, ()  # unpickled weights stay where they are: which of them are tied was not written
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward of the model: what was copied before is old inside."""
+    def forward(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Around a forward of ``model``: what was copied before is old inside."""
         outer, self._inside = self._inside, True
-        self.forwards += not outer
+        if not outer:
+            self.forwards += 1
+            self._whole = model is None or not is_sharded(model)
         self._bare = False
         try:
             yield
@@ -353,12 +356,21 @@ class SideCache:
         """Whether borders are wanted."""
         return self.placement is not None and self.placement.bordered
 
+    def restack(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Move weights that lie apart behind each other, where they may be moved."""
+        if self.placement is None or not (self._whole if self._shares() else not several_processes()):
+            return False
+        return self.placement.restack(weights)
+
     def border(self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype) -> Border | None:
         """The border around ``stack`` in which its adapters lie; None where it is to multiply with them apart."""
         if self.placement is None or not self.borders:
             return None
         if not self._shares():
             self.placement.refuse(stack, "a block called outside a forward of a patched model")
+            return None
+        if not self._whole:
+            self.placement.refuse(stack, "weights sharded between processes")
             return None
         border = self.placement.border(stack, dtype, side_dtype)
         if border is None:
@@ -437,10 +449,10 @@ class SideCache:
         copy.used = self.forwards
         if copy.filled == self.forwards:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._fill_one(copy)  # other layers' parameters may be sharded away at this moment
-        else:
+        if self._whole:
             self._refresh()
+        else:
+            self._fill_one(copy)  # other layers' parameters may be sharded away at this moment
 
     def _fill_one(self, copy: Copy[Any]) -> None:
         if isinstance(copy.laid_out, Side):

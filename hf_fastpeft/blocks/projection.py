@@ -95,8 +95,8 @@ def make_plan(
     border = None if adapters is None or room == "none" else adapters.border(stack, dtype, side_dtype)
     wide = border is not None and room == "both"
     weight = adjacent(weights) if border is None else border.weight_OI
-    if weight is None and adapters is not None and adapters.placement is not None:
-        weight = adjacent(weights) if adapters.placement.restack(weights) else None
+    if weight is None and adapters is not None and adapters.restack(weights):
+        weight = adjacent(weights)
     zeros = border.R if border is not None and wide else 0
     if adapters is None:
         side, bias, copies = make_side(stack, side_dtype), make_bias(stack, dtype, zeros), None

@@ -36,6 +36,7 @@ __all__ = ["CausalLMOutputWithLazyLogits", "FastCausalLM", "LazyLogits"]
 IGNORED = -100
 NOT_TRAINING = "not training: real logits"
 NO_LABELS = "no labels: real logits"
+FSDP1 = "FSDP 1 (it reads every field of an output)"
 FIRST = "first step: it shows whether its output's logits may be read"
 WANTED = "the last step's logits were read, or its output was kept beyond its loss"
 FOREIGN = "foreign forward on this instance (another library patched it)"
@@ -225,6 +226,9 @@ class FastCausalLM(FastModule):
         low = _frozen_head(self)
         if isinstance(low, str):
             return low
+        # during a forward FSDP 1 keeps views of its flat parameter on the modules, FSDP 2 parameters
+        if "_is_fsdp_managed_module" in self.__dict__ and not isinstance(low.weight, nn.Parameter):
+            return FSDP1
         if low.weight.shape[0] != config.vocab_size:
             return f"head has {low.weight.shape[0]} rows, config.vocab_size is {config.vocab_size}"
         if _loss_is_rounded(low.weight.dtype):

@@ -143,6 +143,7 @@ def test_ddp_stacks_weights_again_and_refreshes_adapters_together(results):
 @pytest.mark.parametrize("wrapper", [wrapper for wrapper in WRAPPERS if wrapper.startswith("fsdp")])
 def test_sharded_weights_stay_where_they_are(wrapper, results):
     for found in results[wrapper]:
-        assert found["filled"] == ["one"] * 8  # each stack on its own, while its layer's parameters are there
+        # each stack on its own, while its layer's parameters are there; FSDP 1 has other tensors in every forward
+        assert found["filled"] == ([] if wrapper == "fsdp1" else ["one"] * 8)
     if wrapper == "fsdp2-bordered":
         assert found["report"]["bordered"] == {"stacks": 0, "apart": {"weights sharded between processes": 6}}

@@ -330,6 +330,8 @@ class SideCache:
         if not outer:
             self.forwards += 1
             self._whole = model is None or not is_sharded(model)
+            if not self._whole:  # FSDP 1 has new tensors in every forward, and nobody refreshes all copies
+                self._prune()
         self._bare = False
         try:
             yield
@@ -462,22 +464,26 @@ class SideCache:
         copy.filled = self.forwards
 
     def _refresh(self) -> None:
-        """Write all copies that were used lately; drop the others, and those whose parameters were resized."""
+        """Write all copies that :meth:`_prune` leaves."""
+        self._prune()
+        if self._fill is None:
+            _line_up(copy.laid_out for copy in self._sides.values())
+            self._fill = _Fill((copy.laid_out, copy.stack) for copy in self._sides.values())
+        self._fill.run()
+        if self._biases:
+            _fill_biases((copy.laid_out, copy.stack) for copy in self._biases.values())
+        written: list[Copy[Any]] = [*self._sides.values(), *self._biases.values()]
+        for copy in written:
+            copy.filled = self.forwards
+
+    def _prune(self) -> None:
+        """Drop copies that were not used lately, and those whose parameters were resized."""
         sides = {key: copy for key, copy in self._sides.items() if self._wanted(copy)}
         if len(sides) < len(self._sides):
             self._sides, self._fill = sides, None
             if self.placement is not None:
                 self.placement.prune()
         self._biases = {key: copy for key, copy in self._biases.items() if self._wanted(copy)}
-        if self._fill is None:
-            _line_up(copy.laid_out for copy in sides.values())
-            self._fill = _Fill((copy.laid_out, copy.stack) for copy in sides.values())
-        self._fill.run()
-        if self._biases:
-            _fill_biases((copy.laid_out, copy.stack) for copy in self._biases.values())
-        written: list[Copy[Any]] = [*sides.values(), *self._biases.values()]
-        for copy in written:
-            copy.filled = self.forwards
 
     def _wanted(self, copy: Copy[Any]) -> bool:
         return self.forwards - copy.used < KEPT and copy.fits()

@@ -10,7 +10,7 @@ from numerics import FLOAT64_REL, rel_err
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fastpeft.blocks._function import draw_of
-from hf_fastpeft.blocks.adapters import SideCache, make_side
+from hf_fastpeft.blocks.adapters import KEPT, SideCache, make_side
 from hf_fastpeft.blocks.projection import Draw, add_weight_grads, make_plan, needs_input, project, project_bwd
 from hf_fastpeft.border import Placement, room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
@@ -303,6 +303,17 @@ def test_copies_nobody_asks_for_are_dropped():
         with cache.forward():
             side_of(cache, wanted, torch.float32)
     assert len(cache._sides) == 1
+
+
+def test_copies_of_sharded_parameters_are_dropped(monkeypatch):
+    """FSDP 1 puts new tensors on the modules in every forward."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model, cache = torch.nn.Module(), SideCache()
+    model._is_fsdp_managed_module = True
+    for _ in range(3 * KEPT):
+        with cache.forward(model):
+            side_of(cache, example_stack(), torch.float32)
+    assert len(cache._sides) == KEPT
 
 
 class OffsetGenerator:

@@ -273,8 +273,6 @@ class Placement:
 
     def _fixed(self, weights: Sequence[torch.Tensor], border: Border | None = None) -> str | None:
         """Why these weights must stay where they are for good."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return "several processes: the weights' memory belongs to their wrapper"
         if any(id(weight) in self._tied for weight in weights):
             return "tied weights"
         if any(hasattr(weight, "ds_id") for weight in weights):

@@ -36,6 +36,7 @@ __all__ = ["CausalLMOutputWithLazyLogits", "FastCausalLM", "LazyLogits"]
 IGNORED = -100
 NOT_TRAINING = "not training: real logits"
 NO_LABELS = "no labels: real logits"
+FSDP1 = "FSDP 1 (it reads every field of an output)"
 FIRST = "first step: it shows whether its output's logits may be read"
 WANTED = "the last step's logits were read, or its output was kept beyond its loss"
 FOREIGN = "foreign forward on this instance (another library patched it)"
@@ -225,6 +226,9 @@ class FastCausalLM(FastModule):
         low = _frozen_head(self)
         if isinstance(low, str):
             return low
+        # during a forward FSDP 1 keeps views of its flat parameter on the modules, FSDP 2 parameters
+        if "_is_fsdp_managed_module" in self.__dict__ and not isinstance(low.weight, nn.Parameter):
+            return FSDP1
         if low.weight.shape[0] != config.vocab_size:
             return f"head has {low.weight.shape[0]} rows, config.vocab_size is {config.vocab_size}"
         if _loss_is_rounded(low.weight.dtype):
@@ -514,9 +518,15 @@ def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *ar
     stats = _token_stats(model, rows_NH, _chosen(targets_BS, places_N), head_options, entropy_gradient=True)
     mask_BS = (mask_BS[:, :-1] if shift_labels is None else mask_BS).to(stats.log_probs.device)
     wanted = {"log_probs", *options["outputs"]}
-    # masked_scatter keeps the result connected to the model even when no label is left
+    places_N = places_N.to(mask_BS.device)
+    if shift_labels is None:  # a row is one shorter than those that the places were counted in
+        places_N = places_N - places_N.div(targets_BS.shape[1], rounding_mode="floor")
+    # index_copy keeps the result connected to the model even when no label is left; the backward of masked_scatter
+    # waits for the device
     fields = {
-        name: value.new_zeros(mask_BS.shape).masked_scatter(mask_BS, value) if name in wanted else None
+        name: value.new_zeros(mask_BS.numel()).index_copy(0, places_N, value).view_as(mask_BS)
+        if name in wanted
+        else None
         for name, value in stats._asdict().items()
     }
     loss = -stats.log_probs.sum() / (mask_BS.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

@@ -443,7 +443,7 @@ def _counted_forward(stock: type[nn.Module]) -> Callable[..., Any]:
         # the class is stock's again after restore(), while others may hold this function
         if torch.compiler.is_compiling() or not isinstance(self, FastBackbone) or "_is_replica" in self.__dict__:
             return stock.forward(self, *args, **kwargs)
-        with self._fastpeft.adapters.forward():
+        with self._fastpeft.adapters.forward(self):
             return stock.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature(stock.forward)  # type: ignore[attr-defined]

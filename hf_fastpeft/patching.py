@@ -355,7 +355,7 @@ def patch_model(
         routing: leave padding, and in the last layer positions without a label, out of training steps whose loss the
             fused head computes (:mod:`hf_fastpeft.routing`).
         bordered: keep each stack's frozen weights and its adapters in one matrix where that is exact, so that one
-            product does for both (:mod:`hf_fastpeft.border`). In a single process.
+            product does for both (:mod:`hf_fastpeft.border`). Not where FSDP or ZeRO-3 shard them.
 
     Returns:
         A :class:`Patched`: ``.report()``, ``.to_json()``, ``.restore()``; as a context manager it restores on exit.

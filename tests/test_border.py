@@ -412,7 +412,7 @@ def moved_model():
     return model, patched
 
 
-@pytest.mark.parametrize("how", ["trained", "larger storage", "shared", "tied", "distributed"])
+@pytest.mark.parametrize("how", ["trained", "larger storage", "shared", "tied", "FSDP", "ZeRO-3"])
 def test_weights_that_are_not_restacked(how, monkeypatch):
     model, patched = moved_model()
     weights = [layer.self_attn.k_proj.base_layer.weight for layer in model.base_model.model.model.layers]
@@ -425,11 +425,28 @@ def test_weights_that_are_not_restacked(how, monkeypatch):
             weight.data.share_memory_()
         if how == "tied":
             patched._placement._tied |= {id(weight)}
-    if how == "distributed":
+    if how in ("FSDP", "ZeRO-3"):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    if how == "FSDP":
+        model.base_model.model.model.layers[1]._is_fsdp_managed_module = True
+    if how == "ZeRO-3":
+        model.base_model.model.model.norm.weight.ds_id = 0
     places = [w.data_ptr() for w in weights]
     step(model, BATCH)
     assert [w.data_ptr() for w in weights] == places
+
+
+def test_several_processes_alone_do_not_keep_weights_apart(monkeypatch):
+    """Nor do they after a layer was called by hand, when nobody could tell whether its weights are sharded."""
+    model, _ = moved_model()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    layer = model.base_model.model.model.layers[0]
+    x = torch.randn(1, 3, 32, dtype=torch.float64)
+    layer.mlp(x)
+    layer.self_attn(x, position_embeddings=model.base_model.model.model.rotary_emb(x, torch.arange(3)[None]))
+    assert apart(model)
+    step(model, BATCH)
+    assert not apart(model)
 
 
 def test_restacking_is_tried_once_a_place(monkeypatch):

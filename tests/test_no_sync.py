@@ -4,11 +4,23 @@ import pytest
 import torch
 from adapters import adapted_llama, token_batch
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_fastpeft import patch_model
 
+ALL_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # operators whose result the host must read before it can go on
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal", "item"}
+WAITING = {
+    "_local_scalar_dense",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_scatter_backward",  # a masked_select inside
+    "masked_select",
+    "nonzero",
+    "unique",
+}
 
 
 class Waits(TorchDispatchMode):
@@ -56,6 +68,29 @@ def test_the_head_waits_only_to_find_its_rows():
         with Waits() as waits:
             model(**token_batch()).loss.backward()
         found.append(waits.found)
+    stock, patched = found
+    assert len(patched) <= len(stock) + 1, patched
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_trls_head_waits_only_to_find_its_rows(shifted):
+    """Also where the loss is made of the outputs, as DPO's is."""
+    batch = token_batch()
+    if shifted:
+        batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    found = []
+    for patch in (False, True):
+        model = adapted_llama("lora", torch.float32)
+        add_fused_lm_head(model.get_base_model(), outputs=ALL_OUTPUTS)
+        if patch:
+            patch_model(model)
+        with Waits() as forward:
+            outputs = model(**batch, fused_lm_head=True)
+            loss = (outputs.log_probs * outputs.label_mask).sum() - outputs.entropy.mean()
+        with Waits() as backward:
+            loss.backward()
+        assert backward.found == []
+        found.append(forward.found)
     stock, patched = found
     assert len(patched) <= len(stock) + 1, patched
 

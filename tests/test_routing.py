@@ -447,6 +447,23 @@ def test_a_trainer_that_reads_logits_is_hardly_routed(tmp_path):
 ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_trls_outputs_without_a_label_are_zeros_of_the_model(shifted):
+    """A process whose rows have no label must join the others' backward all the same."""
+    model = adapted_llama("lora", torch.float32)
+    patch_model(model)
+    trl.trainer.utils.add_fused_lm_head(causal(model), outputs=ALL)
+    batch = padded(RIGHT)
+    batch["shift_labels" if shifted else "labels"] = torch.full_like(batch.pop("labels"), -100)
+    outputs = causal(model)(**batch, fused_lm_head=True)
+    for name in ALL:
+        assert outputs[name].shape == (B, S if shifted else S - 1)
+        assert not outputs[name].any()
+    outputs.log_probs.sum().backward()
+    for name, p in model.named_parameters():
+        assert not p.requires_grad or (p.grad is not None and not p.grad.any()), name
+
+
 @pytest.mark.parametrize("padding", ["left", "both", "a-row-without-tokens"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_trls_outputs_are_stocks(padding, grad):

@@ -31,7 +31,7 @@ def tokens(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 def draw_of(plan: Plan, x: torch.Tensor) -> Draw | None:
-    """The generator's state before the dropout of a stack; None without dropout."""
+    """The random generator's place before the dropout of a stack; None without dropout."""
     return Draw(x) if plan.dropped else None
 
 

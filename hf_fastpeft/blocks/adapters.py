@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_fastpeft.border import Border, Placement
 from hf_fastpeft.lowrank import LowRank
-from hf_fastpeft.stacking import weights_of
+from hf_fastpeft.stacking import is_sharded, several_processes, weights_of
 
 __all__ = ["Copies", "Side", "SideCache", "Stack", "make_bias", "make_side", "slices"]
 
@@ -308,6 +308,7 @@ class SideCache:
         self.forwards = 0
         self.placement = placement
         self._inside = self._bare = False
+        self._whole = True  # in the last forward: no parameter was sharded away
         self._sides: dict[tuple[object, ...], Copy[Side]] = {}
         self._biases: dict[tuple[object, ...], Copy[torch.Tensor]] = {}
         self._fill: _Fill | None = None  # of all sides; None since they are others
@@ -323,10 +324,14 @@ class SideCache:
         return SideCache, ()  # unpickled weights stay where they are: which of them are tied was not written
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward of the model: what was copied before is old inside."""
+    def forward(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Around a forward of ``model``: what was copied before is old inside."""
         outer, self._inside = self._inside, True
-        self.forwards += not outer
+        if not outer:
+            self.forwards += 1
+            self._whole = model is None or not is_sharded(model)
+            if not self._whole:  # FSDP 1 has new tensors in every forward, and nobody refreshes all copies
+                self._prune()
         self._bare = False
         try:
             yield
@@ -353,12 +358,21 @@ class SideCache:
         """Whether borders are wanted."""
         return self.placement is not None and self.placement.bordered
 
+    def restack(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Move weights that lie apart behind each other, where they may be moved."""
+        if self.placement is None or not (self._whole if self._shares() else not several_processes()):
+            return False
+        return self.placement.restack(weights)
+
     def border(self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype) -> Border | None:
         """The border around ``stack`` in which its adapters lie; None where it is to multiply with them apart."""
         if self.placement is None or not self.borders:
             return None
         if not self._shares():
             self.placement.refuse(stack, "a block called outside a forward of a patched model")
+            return None
+        if not self._whole:
+            self.placement.refuse(stack, "weights sharded between processes")
             return None
         border = self.placement.border(stack, dtype, side_dtype)
         if border is None:
@@ -437,10 +451,10 @@ class SideCache:
         copy.used = self.forwards
         if copy.filled == self.forwards:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._fill_one(copy)  # other layers' parameters may be sharded away at this moment
-        else:
+        if self._whole:
             self._refresh()
+        else:
+            self._fill_one(copy)  # other layers' parameters may be sharded away at this moment
 
     def _fill_one(self, copy: Copy[Any]) -> None:
         if isinstance(copy.laid_out, Side):
@@ -450,22 +464,26 @@ class SideCache:
         copy.filled = self.forwards
 
     def _refresh(self) -> None:
-        """Write all copies that were used lately; drop the others, and those whose parameters were resized."""
+        """Write all copies that :meth:`_prune` leaves."""
+        self._prune()
+        if self._fill is None:
+            _line_up(copy.laid_out for copy in self._sides.values())
+            self._fill = _Fill((copy.laid_out, copy.stack) for copy in self._sides.values())
+        self._fill.run()
+        if self._biases:
+            _fill_biases((copy.laid_out, copy.stack) for copy in self._biases.values())
+        written: list[Copy[Any]] = [*self._sides.values(), *self._biases.values()]
+        for copy in written:
+            copy.filled = self.forwards
+
+    def _prune(self) -> None:
+        """Drop copies that were not used lately, and those whose parameters were resized."""
         sides = {key: copy for key, copy in self._sides.items() if self._wanted(copy)}
         if len(sides) < len(self._sides):
             self._sides, self._fill = sides, None
             if self.placement is not None:
                 self.placement.prune()
         self._biases = {key: copy for key, copy in self._biases.items() if self._wanted(copy)}
-        if self._fill is None:
-            _line_up(copy.laid_out for copy in sides.values())
-            self._fill = _Fill((copy.laid_out, copy.stack) for copy in sides.values())
-        self._fill.run()
-        if self._biases:
-            _fill_biases((copy.laid_out, copy.stack) for copy in self._biases.values())
-        written: list[Copy[Any]] = [*sides.values(), *self._biases.values()]
-        for copy in written:
-            copy.filled = self.forwards
 
     def _wanted(self, copy: Copy[Any]) -> bool:
         return self.forwards - copy.used < KEPT and copy.fits()

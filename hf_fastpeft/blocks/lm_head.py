@@ -1,8 +1,10 @@
 """Per-token log-probabilities through a frozen output head, with the gradient taken in the forward.
 
-For a frozen head, d log p_target / d h = (1 - p_t) W_t - sum_{j != t} p_j W_j depends on its own row only: it is built
-beside the log-sum-exp, in the same pass over the vocabulary, and the backward scales rows. That is two products of
-vocabulary size instead of three (logits, logits again, gradient), and no (tokens, vocabulary) tensor.
+For a frozen head, d log p_target / d h = (1 - p_t) (W_t - sum_{j != t} p_j W_j / (1 - p_t)) depends on its own row
+only: it is built beside the log-sum-exp, in the same pass over the vocabulary, and the backward scales rows. That is
+two products of vocabulary size instead of three (logits, logits again, gradient), and no (tokens, vocabulary) tensor.
+The rows are kept without the factor (1 - p_t), which goes into the backward's: float16, before any loss scale, would
+keep little of a sure token's row.
 
 Shape legend: N = tokens with a label, H = hidden_size, V = vocab_size, C = columns of one chunk.
 """
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_fastpeft.ops._backend import Impl
-from hf_fastpeft.ops.vocab_fold import VocabStats, fold
+from hf_fastpeft.ops.vocab_fold import VocabStats, fold, lift_of
 
 __all__ = ["HeadOptions", "TokenStats", "lm_head_log_probs"]
 
@@ -77,7 +79,7 @@ def _products(h_NH: torch.Tensor, weight_CH: torch.Tensor, bias_C: torch.Tensor 
 
 
 class _LMHead(torch.autograd.Function):
-    """Saves the finished gradient rows; the hidden states too where the entropy may carry a gradient."""
+    """Saves the gradient rows and their factors; the hidden states too where the entropy may carry a gradient."""
 
     @staticmethod
     def forward(
@@ -115,31 +117,33 @@ class _LMHead(torch.autograd.Function):
         log_probs_N = below_N - log_total_N
         entropy_N = log_z_N - stats.weighted / total_N
         is_top1_N = stats.argmax == targets
-        gradient_NH = None
+        gradient_NH = unsure_N = None
         if others_NH is not None:
-            slope = scale if softcap is None else scale * (1 - (stats.target / softcap).square()).unsqueeze(1)
-            gradient_NH = others_NH.mul_((-scale / total_N).unsqueeze(1))
-            target_NH = weight.index_select(0, targets)  # unlike weight[targets], refuses a negative label
-            gradient_NH.addcmul_(target_NH.to(wide), (stats.rest / total_N).unsqueeze(1) * slope)
-            gradient_NH = gradient_NH.to(hidden.dtype)
+            unsure_N = stats.rest * (scale / total_N)
+            rest_N = stats.rest.clamp_min(torch.finfo(wide).tiny)  # zero where the other logits are out of range
+            target_NH = weight.index_select(0, targets).to(wide)  # unlike weight[targets], refuses a negative label
+            if softcap is not None:
+                target_NH.mul_((1 - (stats.target / softcap).square()).unsqueeze(1))
+            others_NH.mul_((-1 / lift_of(dtype) / rest_N).unsqueeze(1))
+            gradient_NH = others_NH.add_(target_NH).to(hidden.dtype)
         ctx.options, ctx.dtype = options, dtype
         squares_N = stats.squares.log() - 2 * log_total_N
         mean_N = stats.logits / weight.shape[0]
         if entropy_gradient:
-            ctx.save_for_backward(gradient_NH, hidden, weight, bias, log_z_N, entropy_N)
+            ctx.save_for_backward(gradient_NH, unsure_N, hidden, weight, bias, log_z_N, entropy_N)
             ctx.mark_non_differentiable(squares_N, mean_N, is_top1_N)
         else:
-            ctx.save_for_backward(gradient_NH)
+            ctx.save_for_backward(gradient_NH, unsure_N)
             ctx.mark_non_differentiable(entropy_N, squares_N, mean_N, is_top1_N)
         return log_probs_N, entropy_N, squares_N, mean_N, is_top1_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_log_probs, d_entropy, *_) -> tuple[Any, ...]:
-        gradient_NH, *others = ctx.saved_tensors
+        gradient_NH, unsure_N, *others = ctx.saved_tensors
         d_hidden_NH = None
         if gradient_NH is not None and d_log_probs is not None:
-            d_hidden_NH = (gradient_NH * d_log_probs.unsqueeze(1)).to(gradient_NH.dtype)
+            d_hidden_NH = (gradient_NH * (unsure_N * d_log_probs).unsqueeze(1)).to(gradient_NH.dtype)
         if gradient_NH is not None and d_entropy is not None:
             extra_NH = _entropy_bwd(d_entropy, *others, options=ctx.options, dtype=ctx.dtype)
             d_hidden_NH = extra_NH if d_hidden_NH is None else d_hidden_NH + extra_NH

@@ -95,8 +95,8 @@ def make_plan(
     border = None if adapters is None or room == "none" else adapters.border(stack, dtype, side_dtype)
     wide = border is not None and room == "both"
     weight = adjacent(weights) if border is None else border.weight_OI
-    if weight is None and adapters is not None and adapters.placement is not None:
-        weight = adjacent(weights) if adapters.placement.restack(weights) else None
+    if weight is None and adapters is not None and adapters.restack(weights):
+        weight = adjacent(weights)
     zeros = border.R if border is not None and wide else 0
     if adapters is None:
         side, bias, copies = make_side(stack, side_dtype), make_bias(stack, dtype, zeros), None
@@ -129,30 +129,48 @@ def _side_dtype(stack: Stack, dtype: torch.dtype) -> torch.dtype:
 
 
 class Draw:
-    """Dropout that can be drawn again: the state of the random generator instead of masks.
+    """Dropout that can be drawn again: a place in the random generator's sequence instead of masks.
 
-    The masks are those that PEFT's ``nn.Dropout`` modules would draw, called in the order of the stack.
+    What is drawn inside ``with draw`` is what was drawn behind this place; the generator then goes on as if nothing
+    had happened. On a CPU the place is a copy of the generator's state, 5 kB. On CUDA it is two integers of the host,
+    seed and offset, whose reading and setting waits for nothing; neither is possible while a CUDA graph is captured.
+
+    The masks of a stack are those of PEFT's ``nn.Dropout`` modules called in its order: on a CPU always; on CUDA where
+    these would be given tensors of ``Plan.side_dtype``. PyTorch hands out its numbers there by the width of a vector
+    load, so under autocast, where PEFT's dropout sees the adapter's float32 and ours the half, other elements may be
+    dropped than by stock, as many and as independent. Forward and backward of a block always drop the same.
+
+    The CPU's way runs in the tests, CUDA's there with a stand-in for the generator.
     """
 
-    __slots__ = ("_now", "device", "state")
+    __slots__ = ("_generator", "_now", "_then")
 
     def __init__(self, x: torch.Tensor) -> None:
-        self.device = x.device
-        self.state = torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
+        self._generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+        self._then = _place(self._generator)
 
     def __enter__(self) -> None:
-        self._now = Draw(torch.empty(0, device=self.device))
-        self.restore()
+        self._now = _place(self._generator)
+        _go_to(self._generator, self._then)
 
     def __exit__(self, *_: object) -> None:
-        self._now.restore()
+        _go_to(self._generator, self._now)
 
-    def restore(self) -> None:
-        """Set the generator to this state."""
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.state, self.device)
-        else:
-            torch.set_rng_state(self.state)
+
+def _place(generator: torch.Generator) -> torch.Tensor | tuple[int, int]:
+    if generator.device.type == "cpu":
+        return generator.get_state()
+    return generator.initial_seed(), generator.get_offset()
+
+
+def _go_to(generator: torch.Generator, place: torch.Tensor | tuple[int, int]) -> None:
+    if isinstance(place, torch.Tensor):
+        generator.set_state(place)
+        return
+    seed, offset = place
+    if seed != generator.initial_seed():
+        generator.manual_seed(seed)
+    generator.set_offset(offset)  # a multiple of 4, as every offset that a generator has
 
 
 def project(

@@ -12,9 +12,17 @@ import torch
 
 from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
 
-__all__ = ["VocabStats", "fold", "fold_torch"]
+__all__ = ["VocabStats", "fold", "fold_torch", "lift_of"]
 
 BLOCK = 2048
+
+
+def lift_of(dtype: torch.dtype) -> float:
+    """The factor of :func:`fold`'s first result, whose largest value is otherwise 1.
+
+    float16 ends at 6e-8 below 1, where a sure token has the rest of its vocabulary, but at 65504 above.
+    """
+    return 2.0**15 if dtype == torch.float16 else 1.0
 
 
 @dataclass(slots=True)
@@ -83,7 +91,8 @@ def fold_torch(
     stats.rest.mul_(rescale_N).add_(e_NC.sum(1))
     if slope_NC is not None:
         e_NC.mul_(slope_NC)
-    return e_NC.to(z.dtype), rescale_N
+    lift = lift_of(z.dtype)
+    return (e_NC if lift == 1.0 else e_NC.mul_(lift)).to(z.dtype), rescale_N
 
 
 if triton is not None:
@@ -92,7 +101,7 @@ if triton is not None:
     def _fold_kernel(
         z, z_row, targets, maximum, rest, weighted, squares, logits, target, argmax, rescale,
         start, C, scale, softcap,
-        HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr, LIFT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         scale_f32 = tl.cast(scale, tl.float32)
@@ -135,7 +144,7 @@ if triton is not None:
             t += tl.sum(tl.where(is_target, x, 0.0), axis=0)
             e = tl.where(is_target, 0.0, e)
             s += tl.sum(e, axis=0)
-            tl.store(at + cols, e * slope, mask=inside)
+            tl.store(at + cols, e * slope * LIFT, mask=inside)
         tl.store(maximum + row, best)
         tl.store(argmax + row, best_at)
         tl.store(rest + row, s)
@@ -171,7 +180,7 @@ def _launch(
         _fold_kernel[(z.shape[0],)](
             z, z.stride(0), targets, maximum, rest, weighted, squares, logits, target, argmax, rescale_N,
             start, z.shape[1], scale, softcap or 1.0,
-            HAS_SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=8,
+            HAS_SOFTCAP=softcap is not None, LIFT=lift_of(z.dtype), BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return rescale_N
 
@@ -198,8 +207,9 @@ def fold(
         impl: implementation.
 
     Returns:
-        ``exp(z - maximum) * dz/dproduct`` without ``scale``, zero at the target, ``(N, C)`` in the dtype of ``z``; and
-        the factor ``(N,)`` by which anything summed relative to the old maximum must be multiplied.
+        ``exp(z - maximum) * dz/dproduct`` without ``scale``, times :func:`lift_of` the dtype, zero at the target,
+        ``(N, C)`` in the dtype of ``z``; and the factor ``(N,)`` by which anything summed relative to the old maximum
+        must be multiplied.
     """
     if not use_triton(impl, z) or not z.shape[0]:
         return fold_torch(z, targets, start, stats, scale, softcap)

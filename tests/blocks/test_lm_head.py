@@ -79,6 +79,41 @@ def test_error_is_no_worse_than_logits_and_log_softmax(dtype, scale):
     assert_no_worse("d_hidden", h.grad, stock_h.grad, exact_h.grad)
 
 
+@pytest.mark.parametrize("margin", [0, 6, 10, 13, 16, 18, 20, 24])
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**10, 2.0**16])
+@pytest.mark.parametrize("hidden_dtype", [torch.float16, torch.float32])
+def test_sure_tokens_in_float16_are_as_exact_as_stocks(margin, loss_scale, hidden_dtype):
+    """Also where a target is ahead of all others by so much that float16 keeps little of its row's gradient.
+
+    All logits are exact, or their own rounding would hide every other.
+    """
+    g, n, vocab, size = torch.Generator().manual_seed(0), 8, 48, 2.0**-5
+    mixed = torch.randint(-8, 9, (vocab, 8), generator=g) / 8
+    weight = (torch.cat([torch.eye(vocab), mixed], 1) * size).to(DEVICE, torch.float16)
+    targets = torch.randint(0, vocab, (n,), generator=g)
+    h = torch.cat([torch.randint(-8, 9, (n, vocab), generator=g) / 8, torch.zeros(n, 8)], 1)
+    h[torch.arange(n), targets] += margin
+    h, targets = (h / size).to(DEVICE, hidden_dtype), targets.to(DEVICE)
+    logits = torch.nn.functional.linear(h.half(), weight)
+    assert torch.equal(logits.double(), h.double() @ weight.double().t())
+    exact_h, stock_h, our_h = (t.requires_grad_() for t in (h.double(), h.clone(), h.clone()))
+    stock = torch.nn.functional.linear(stock_h.half(), weight).float().log_softmax(-1)
+    stock = stock.gather(1, targets[:, None])[:, 0]
+    exact = plain(exact_h, weight.double(), None, targets, HeadOptions())[0]
+    ours = lm_head_log_probs(our_h, weight, None, targets, dtype=torch.float16).log_probs
+    for log_probs in (exact, stock, ours):
+        (-log_probs.mean() * loss_scale).backward()
+    assert_no_worse("log_probs", ours, stock, exact)
+    assert_no_worse("d_hidden", our_h.grad.half(), stock_h.grad.half(), exact_h.grad)
+
+
+def test_a_token_beyond_doubt_has_no_gradient():
+    """The other entries' probabilities are zeros in float32."""
+    h = torch.tensor([[200.0]], requires_grad=True)
+    lm_head_log_probs(h, torch.tensor([[1.0], [-1.0]]), None, torch.tensor([0]), dtype=h.dtype).log_probs.backward()
+    assert h.grad.item() == 0
+
+
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_agrees_with_trls_function(softcap):
     from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
@@ -98,12 +133,13 @@ def test_agrees_with_trls_function(softcap):
 @given(
     n=st.integers(1, 4),
     cols=st.sampled_from([1, 5, 64]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     softcap=st.sampled_from([None, 3.0]),
     seed=st.integers(0, 999),
 )
 def test_kernel_folds_as_torch_does(n, cols, dtype, softcap, seed):
     g = torch.Generator().manual_seed(seed)
+    rtol = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     chunks = [torch.randn(n, cols, generator=g).mul(4).to(DEVICE, dtype) for _ in range(3)]
     chunks[1][:, 0] = chunks[0].max()  # a tie: the first index counts
     targets = torch.randint(0, 3 * cols, (n,), generator=g).to(DEVICE)
@@ -111,7 +147,7 @@ def test_kernel_folds_as_torch_does(n, cols, dtype, softcap, seed):
     for i, z in enumerate(chunks):
         want_e, want_r = fold_torch(z, targets, i * cols, theirs, 0.9, softcap)
         e, r = fold(z.clone(), targets, i * cols, ours, scale=0.9, softcap=softcap, impl="triton")
-        torch.testing.assert_close(e, want_e, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+        torch.testing.assert_close(e, want_e, rtol=rtol, atol=1e-6)
         torch.testing.assert_close(r, want_r)
     for name in VocabStats.__slots__:
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4)

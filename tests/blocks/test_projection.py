@@ -1,5 +1,7 @@
 """The stacked projections against autograd of the formula, in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from numerics import FLOAT64_REL, rel_err
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_fastpeft.blocks.adapters import SideCache, make_side
+from hf_fastpeft.blocks._function import draw_of
+from hf_fastpeft.blocks.adapters import KEPT, SideCache, make_side
 from hf_fastpeft.blocks.projection import Draw, add_weight_grads, make_plan, needs_input, project, project_bwd
 from hf_fastpeft.border import Placement, room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
@@ -300,3 +303,82 @@ def test_copies_nobody_asks_for_are_dropped():
         with cache.forward():
             side_of(cache, wanted, torch.float32)
     assert len(cache._sides) == 1
+
+
+def test_copies_of_sharded_parameters_are_dropped(monkeypatch):
+    """FSDP 1 puts new tensors on the modules in every forward."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model, cache = torch.nn.Module(), SideCache()
+    model._is_fsdp_managed_module = True
+    for _ in range(3 * KEPT):
+        with cache.forward(model):
+            side_of(cache, example_stack(), torch.float32)
+    assert len(cache._sides) == KEPT
+
+
+class OffsetGenerator:
+    """Stands for a CUDA generator: each call's numbers follow from seed and offset, and move the offset by four."""
+
+    device = torch.device("cuda", 1)
+
+    def __init__(self, seed):
+        self.seed, self.offset = seed, 0
+
+    def initial_seed(self):
+        return self.seed
+
+    def manual_seed(self, seed):
+        self.seed, self.offset = seed, 0
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        assert offset % 4 == 0  # or CUDA's refuses
+        self.offset = offset
+
+    def numbers(self):
+        self.offset += 4
+        return self.seed, self.offset
+
+
+@pytest.mark.parametrize("reseeded", [False, True])
+def test_cuda_draws_again_by_seed_and_offset(monkeypatch, reseeded):
+    """Without the generator's state, which the stand-in does not have."""
+    generator = OffsetGenerator(2**64 - 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    generator.numbers()
+    draw = Draw(SimpleNamespace(is_cuda=True, device=generator.device))
+    drawn = [generator.numbers() for _ in range(3)]
+    if reseeded:
+        generator.manual_seed(3)
+    generator.numbers()
+    before = generator.seed, generator.offset
+    for _ in range(2):
+        with draw:
+            assert [generator.numbers() for _ in range(3)] == drawn
+        assert (generator.seed, generator.offset) == before
+
+
+@pytest.mark.parametrize("reseeded", [False, True])
+def test_a_cpu_draws_again_by_its_state(reseeded):
+    def numbers():
+        return torch.rand(3), torch.randn(17)  # the second leaves half a pair behind
+
+    torch.manual_seed(7)
+    numbers()
+    draw = Draw(torch.empty(0))
+    drawn = numbers()
+    if reseeded:
+        torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with draw:
+        assert all(map(torch.equal, numbers(), drawn))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_place_is_kept_only_where_something_is_dropped(p):
+    x = torch.randn(4, 6)
+    stack = [low._replace(dropout=p) for low in example_stack()]
+    assert (draw_of(make_plan(stack, torch.float32, "torch", x, None), x) is not None) == (p > 0)

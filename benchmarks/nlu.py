@@ -4,7 +4,7 @@
     python -m benchmarks.nlu --full --data DIR/{banking77,clinc150,snips}_*.jsonl
 
 Without ``--full``: the ten classes of each data set that share the most words, 40 training rows a class, 5 seeds;
-about 20 minutes on two idle cores with MiniLM. Each method first tries its learning rates on held-out training rows
+about half an hour on two idle cores with MiniLM. Each method first tries its learning rates on held-out training rows
 (one seed; the grid grows where its best lies on an edge), then trains with every seed and is tested once each. The
 classification head, drawn anew each run, has one learning rate for all methods; "head only" sweeps it. One process a
 method; results are written after every run, and the same command goes on where it was cut off. The data is yours:

@@ -15,7 +15,7 @@ from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-__all__ = ["METHODS", "MODELS", "Method", "Model", "Prepared", "Skipped", "kept_parameters"]
+__all__ = ["METHODS", "MODELS", "Method", "Model", "Prepared", "Skipped", "head_parameters", "kept_parameters"]
 
 HEADS = ("classifier", "score")
 TASK = "SEQ_CLS"
@@ -27,9 +27,10 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """A base model: where its folder is, and how its learning rates relate to those of the methods."""
+    """A base model: where its folder is, the rate of its heads, and how other rates relate to those of the methods."""
 
     folder: Callable[[], Path]
+    head_rate: float
     rate_factor: float = 1.0
 
 
@@ -46,7 +47,7 @@ def _smollm2() -> Path:
     return ensure_model("smollm2-135m-instruct")
 
 
-MODELS = {"minilm": Model(_minilm), "smollm2": Model(_smollm2, rate_factor=0.3)}
+MODELS = {"minilm": Model(_minilm, 0.1), "smollm2": Model(_smollm2, 0.01, rate_factor=0.3)}
 
 
 @dataclass
@@ -143,28 +144,48 @@ def _adalora(load: Load, steps: int) -> Prepared:
     return Prepared(get_peft_model(load(), config), [callback()])
 
 
-def _sora(load: Load, steps: int) -> Prepared:
-    config = _find("hf_fastpeft", "SoraConfig")
-    made = config(task_type=TASK, target_modules="all-linear", r=12, lora_alpha=24, target_r=8)
-    return Prepared(get_peft_model(load(), made), [_find("hf_fastpeft", "SoraCallback")()])
+def _gated(name: str, callback: str, **options: Any) -> Callable[[Load, int], Prepared]:
+    """A method of ours with a gate a rank, of the class ``name``."""
+
+    def build(load: Load, steps: int) -> Prepared:
+        config = _find("hf_fastpeft", name)(task_type=TASK, target_modules="all-linear", **options)
+        return Prepared(get_peft_model(load(), config), [_find("hf_fastpeft", callback)()])
+
+    return build
+
+
+def _adaptive(rank: int, kept: int) -> Callable[[Load, int], Prepared]:
+    return _gated("AdaptiveLoraConfig", "AdaLoraCallback", init_r=rank, lora_alpha=2 * rank, target_r=kept)
+
+
+def _sora(rank: int, kept: int) -> Callable[[Load, int], Prepared]:
+    return _gated("SoraConfig", "SoraCallback", r=rank, lora_alpha=2 * rank, target_r=kept)
 
 
 METHODS = {
     "full": Method("full fine-tuning", (1e-4, 3e-4, 1e-3), _full),
-    "head": Method("head only", (1e-2, 3e-2, 1e-1), _head),
-    "bottleneck": Method("Adapter, bottleneck 32", (1e-3, 3e-3, 1e-2), _bottleneck),
+    "head": Method("head only", (1e-1, 3e-1, 1), _head),
+    "bottleneck": Method("Adapter (bottleneck 32)", (1e-3, 3e-3, 1e-2), _bottleneck),
     "prefix": Method(
-        "Prefix, 10 tokens",
-        (3e-3, 1e-2, 3e-2),
+        "Prefix of 10 tokens",
+        (1e-2, 3e-2, 1e-1),
         _peft(lambda steps: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=10)),
     ),
-    "lora-r2": Method("LoRA r=2", (1e-3, 3e-3, 1e-2), _peft(lambda steps: _lora(2))),
+    "lora-r5": Method("LoRA r=5", (1e-3, 3e-3, 1e-2), _peft(lambda steps: _lora(5))),
     "lora-r8": Method("LoRA r=8", (1e-3, 3e-3, 1e-2), _peft(lambda steps: _lora(8))),
-    "qlora": Method("QLoRA r=8, NF4", (1e-3, 3e-3, 1e-2), _qlora),
+    "qlora": Method("QLoRA r=8 (NF4)", (1e-3, 3e-3, 1e-2), _qlora),
     "dora": Method("DoRA r=8", (1e-3, 3e-3, 1e-2), _peft(lambda steps: _lora(8, use_dora=True))),
-    "adalora": Method("AdaLoRA r=12 to 8", (3e-3, 1e-2, 3e-2), _adalora),
-    "sora": Method("SoRA r=12 to 8", (1e-3, 3e-3, 1e-2), _sora),
+    "adalora": Method("AdaLoRA r=12 to 8 (PEFT)", (3e-3, 1e-2, 3e-2), _adalora),
+    "adaptive": Method("AdaLoRA r=12 to 8 (ours)", (3e-3, 1e-2, 3e-2), _adaptive(12, 8)),
+    "adaptive-r7": Method("AdaLoRA r=12 to 7 (ours)", (3e-3, 1e-2, 3e-2), _adaptive(12, 7)),
+    "sora": Method("SoRA r=12 to 8", (1e-3, 3e-3, 1e-2), _sora(12, 8)),
+    "sora-r5": Method("SoRA r=8 to 5", (1e-3, 3e-3, 1e-2), _sora(8, 5)),
 }
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What trains of the classification head, PEFT's trained copy of it included."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and not {*HEADS}.isdisjoint(name.split("."))]
 
 
 def kept_parameters(model: nn.Module) -> int:

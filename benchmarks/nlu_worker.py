@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks import machine, nlu_data
-from benchmarks.nlu_methods import METHODS, MODELS, Method, Skipped, kept_parameters, load_from
+from benchmarks.nlu_methods import METHODS, MODELS, Method, Skipped, head_parameters, kept_parameters, load_from
 
 __all__ = ["MARK", "main", "next_rate", "runs"]
 
@@ -52,6 +52,28 @@ class StepClock(TrainerCallback):
         self.wall_s.append(time.perf_counter() - self._started[1])
 
 
+class HeadRateTrainer(Trainer):
+    """Trainer whose classification head, drawn anew each run, has a learning rate of its own.
+
+    A pretrained body and a fresh head want rates that differ by orders of magnitude; with one for both, methods are
+    ranked by how high a rate they survive.
+    """
+
+    def __init__(self, *args: Any, head_rate: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_rate = head_rate
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the head taken out of its groups into groups at ``head_rate``."""
+        optimizer = super().create_optimizer(model)
+        head = {id(p) for p in head_parameters(self.model)}
+        for group in list(optimizer.param_groups):
+            of_head = [p for p in group["params"] if id(p) in head]
+            group["params"] = [p for p in group["params"] if id(p) not in head]
+            optimizer.add_param_group({**group, "params": of_head, "lr": self.head_rate})
+        return optimizer
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, int]], max_length: int) -> list[dict[str, Any]]:
     """Rows as the collator takes them."""
     encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=max_length)
@@ -69,11 +91,15 @@ def train(
     rate: float,
     seed: int,
 ) -> tuple[torch.nn.Module, Record]:
-    """One training run from fresh weights: the model, and its costs."""
+    """One training run from fresh weights: the model, and its costs.
+
+    ``rate`` is swept: the body's for a method with a body to train, whose head has ``settings["head_rate"]``.
+    """
     set_seed(seed)
     prepared = method.build(load, settings["steps"])
     model, clock = prepared.model, StepClock()
-    before = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = sum(p.numel() for p in head_parameters(model))
+    before = sum(p.numel() for p in model.parameters() if p.requires_grad) - head
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -90,7 +116,8 @@ def train(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        trainer = Trainer(
+        trainer = HeadRateTrainer(
+            head_rate=settings["head_rate"] if before else rate,
             model=model,
             args=arguments,
             train_dataset=rows,
@@ -103,8 +130,9 @@ def train(
         "rate": rate,
         "seed": seed,
         "training_loss": loss,
+        "head": head,
         "trainable": before,
-        "trainable_after": kept_parameters(model),
+        "trainable_after": kept_parameters(model) - head,
         "footprint_bytes": model.get_memory_footprint(),
         "cpu_s_per_step": median(clock.cpu_s[timed]),
         "wall_s_per_step": median(clock.wall_s[timed]),

@@ -9,7 +9,7 @@ from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
 from benchmarks import nlu, nlu_data, nlu_worker, report
-from benchmarks.nlu_methods import METHODS
+from benchmarks.nlu_methods import METHODS, head_parameters, load_from
 
 CLASSES = ("apple", "berry", "cherry", "stone")
 
@@ -73,7 +73,34 @@ def test_each_method_trains_and_is_scored(method, files, settings):
     assert "peak_bytes" not in second  # that process has run before
     assert first["cpu_s_per_step"] > 0
     pruned = first["trainable_after"] < first["trainable"]
-    assert pruned == (method in ("sora", "adalora"))
+    assert pruned == (method in ("sora", "sora-r5", "adalora", "adaptive", "adaptive-r7"))
+    assert first["head"] == 64 * 3 + 3  # the classifier's weight and bias, whatever the method
+    assert (first["trainable"] == 0) == (method == "head")
+
+
+@pytest.mark.parametrize("method", ["full", "head", "lora-r8", "sora", "prefix"])
+def test_the_head_steps_at_its_own_rate(method, files, settings, monkeypatch):
+    seen = {}
+
+    class Spy(nlu_worker.HeadRateTrainer):
+        def create_optimizer(self, model=None):
+            optimizer = super().create_optimizer(model)
+            for group in optimizer.param_groups:
+                seen.update({id(p): (group["lr"], group["weight_decay"]) for p in group["params"]})
+            seen["steps"] = sum(len(group["params"]) for group in optimizer.param_groups)
+            return optimizer
+
+    monkeypatch.setattr(nlu_worker, "HeadRateTrainer", Spy)
+    rows = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": c % 3} for c in range(8)]
+    load = load_from(settings["model_folder"], 3)
+    model, _ = nlu_worker.train(METHODS[method], load, tiny_tokenizer(), rows, settings, rate=2e-3, seed=0)
+    head = head_parameters(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert [tuple(p.shape) for p in head] == [(3, 64), (3,)]
+    rate = 2e-3 if method == "head" else settings["head_rate"]
+    assert [seen[id(p)] for p in head] == [(rate, 0.01), (rate, 0.0)]  # weight, bias
+    assert {seen[id(p)][0] for p in trained} - {rate} == (set() if method == "head" else {2e-3})
+    assert seen["steps"] == len(trained)  # each once
 
 
 def test_pruned_parameters_are_what_lora_of_that_rank_has(files, settings):

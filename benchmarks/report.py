@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.nlu import table as nlu_table
+from benchmarks.nlu_table import table as nlu_table
 from benchmarks.step import table as step_table
 
 __all__ = ["build", "load", "main", "pictures"]

@@ -8,7 +8,7 @@ import torch
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
-from benchmarks import nlu, nlu_data, nlu_worker, report
+from benchmarks import nlu, nlu_data, nlu_table, nlu_worker, report
 from benchmarks.nlu_methods import METHODS, head_parameters, load_from
 
 CLASSES = ("apple", "berry", "cherry", "stone")
@@ -73,7 +73,7 @@ def test_each_method_trains_and_is_scored(method, files, settings):
     assert "peak_bytes" not in second  # that process has run before
     assert first["cpu_s_per_step"] > 0
     pruned = first["trainable_after"] < first["trainable"]
-    assert pruned == (method in ("sora", "sora-r5", "adalora", "adaptive", "adaptive-r7"))
+    assert pruned == (method in ("sora", "sora-r5", "sora-slow", "adalora", "adaptive", "adaptive-r7"))
     assert first["head"] == 64 * 3 + 3  # the classifier's weight and bias, whatever the method
     assert (first["trainable"] == 0) == (method == "head")
 
@@ -154,7 +154,7 @@ def test_runs_are_kept_and_continued(files, settings, tmp_path, monkeypatch, cap
     assert not result["complete"]
     assert "cut off" in str(result["runs"]["toy"]["lora-r8"])
     before = result["runs"]["toy"]["lora-r8"][:-1]
-    assert "no verdict (seeds are missing): head only" in nlu.table(result)
+    assert "no verdict (seeds are missing): head only" in nlu_table.table(result)
     result = nlu.run(settings, pairs, out, methods=chosen, jobs=1)
     assert started[2] == ("lora-r8", len(before))
     assert result["runs"]["toy"]["lora-r8"][: len(before)] == before
@@ -178,7 +178,62 @@ def test_runs_are_kept_and_continued(files, settings, tmp_path, monkeypatch, cap
     monkeypatch.setattr(nlu, "_process", real)
     late = nlu.run(settings, pairs, tmp_path / "late.json", methods=["head"], limit_s=0)
     assert late["runs"]["toy"]["head"][0]["reason"] == "not started: time is up"
-    assert "| head only | failed: not started: time is up |" in nlu.table(late)
+    assert "| head only | failed: not started: time is up |" in nlu_table.table(late)
+
+
+def result_of(wrong, kept):
+    """A result of 40 rows and two seeds; ``wrong``: method -> rows a seed that it confuses."""
+    gold = [i % 2 for i in range(40)]
+    runs = {}
+    for method, counts in wrong.items():
+        tests = []
+        for seed, count in enumerate(counts, 1):
+            predicted = [1 - c if i < count else c for i, c in enumerate(gold)]
+            f1 = nlu_data.macro(torch.tensor(gold), torch.tensor(predicted), 2)[2].item()
+            tests.append({"phase": "test", "seed": seed, "f1": f1, "predicted": " ".join(map(str, predicted))})
+        runs[method] = tests
+    return {
+        "settings": {"seeds": [1, 2]},
+        "gold": {"toy": " ".join(map(str, gold))},
+        "rows": {"toy": {"classes": ["a", "b"]}},
+        "runs": {"toy": runs},
+        "summary": {"toy": {method: {"trainable_after": count} for method, count in kept.items()}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kept", "says"),
+    [
+        ([4, 4], 70, ["+0.400 [", "], met; 70.0% of the parameters, met."]),  # F1 0.9 against 0.5
+        ([4, 4], 71, ["], met; 71.0% of the parameters, 70% missed."]),
+        ([36, 36], 60, ["-0.400 [", "], missed; 60.0% of the parameters, met."]),
+        ([10, 28], 60, ["+0.025 [", "], met by the mean, not resolved by the interval; 60.0%"]),
+        ([10, 32], 60, ["-0.025 [", "], missed by the mean, not resolved by the interval; 60.0%"]),
+        ([10], 60, ["no verdict, seeds are missing"]),
+    ],
+)
+def test_a_target_is_met_by_interval_mean_and_parameters(wrong, kept, says):
+    result = result_of({"lora-r8": [20, 20], "sora-r5": wrong}, {"lora-r8": 100, "sora-r5": kept})
+    said = nlu_table.verdict(result, "toy", nlu_table.Claim("sora-r5", "lora-r8", 0.005, 0.7))
+    assert said.startswith("SoRA r=8 to 5 within 0.005 of LoRA r=8 with 70% of its parameters or less: ")
+    assert all(part in said for part in says), said
+
+
+def test_a_loss_within_the_margin_meets_the_target():
+    result = result_of({"lora-r8": [4, 4], "sora-r5": [6, 6]}, {"lora-r8": 100, "sora-r5": 50})  # 0.05 below
+
+    def verdict(margin):
+        return nlu_table.verdict(result, "toy", nlu_table.Claim("sora-r5", "lora-r8", margin, 0.7))
+
+    assert "-0.050 [" in verdict(0.2)
+    assert "], met; 50.0%" in verdict(0.2)
+    assert "], missed by the mean, not resolved" in verdict(0.005)
+    assert "], met by the mean, not resolved" in verdict(0.06)
+
+
+def test_targets_name_methods_of_the_table():
+    assert all({claim.method, claim.against} <= METHODS.keys() for claim in nlu_table.CLAIMS)
+    assert sorted(nlu.ORDER) == sorted(METHODS)
 
 
 def test_a_worker_is_a_process(files, settings, monkeypatch):

@@ -167,8 +167,8 @@ def verdict(result: dict[str, Any], dataset: str, claim: Claim) -> str:
         score = "missed"
     else:
         score = f"{'met' if mean >= -claim.margin else 'missed'} by the mean, not resolved by the interval"
-    kept = f"{share:.1%} of the parameters, {'met' if share <= claim.share else f'{claim.share:.0%} missed'}"
-    return f"{claim}: F1 {mean:+.3f} [{low:+.3f}, {high:+.3f}], {score}; {kept}."
+    kept = "met" if share <= claim.share else "missed"
+    return f"{claim}: F1 {mean:+.3f} [{low:+.3f}, {high:+.3f}], {score}; {share:.1%} of the parameters, {kept}."
 
 
 def _words(rows: dict[str, Any], size: dict[str, Any], settings: dict[str, Any]) -> list[str]:

@@ -205,7 +205,7 @@ def result_of(wrong, kept):
     ("wrong", "kept", "says"),
     [
         ([4, 4], 70, ["+0.400 [", "], met; 70.0% of the parameters, met."]),  # F1 0.9 against 0.5
-        ([4, 4], 71, ["], met; 71.0% of the parameters, 70% missed."]),
+        ([4, 4], 71, ["], met; 71.0% of the parameters, missed."]),
         ([36, 36], 60, ["-0.400 [", "], missed; 60.0% of the parameters, met."]),
         ([10, 28], 60, ["+0.025 [", "], met by the mean, not resolved by the interval; 60.0%"]),
         ([10, 32], 60, ["-0.025 [", "], missed by the mean, not resolved by the interval; 60.0%"]),

@@ -853,10 +853,21 @@ def begin(model, optimizer=None, max_steps=12, **arguments):
     return callback
 
 
-def test_deepspeed_is_refused():
-    for kwargs in ({"deepspeed": "zero.json"}, {"optimizer": type("DeepSpeedOptimizerWrapper", (), {})()}):
-        with pytest.raises(RuntimeError, match="under DeepSpeed: its engine steps inside backward and clears"):
-            begin(model_of(svd()), **kwargs)
+@pytest.mark.parametrize("make", [svd, adaptive])
+def test_deepspeed_is_refused(make):
+    wrapper = type("DeepSpeedOptimizerWrapper", (), {})()
+    for found, kwargs in (("deepspeed='zero.json'", {"deepspeed": "zero.json"}), (type(wrapper).__name__, {})):
+        with pytest.raises(RuntimeError) as caught:
+            begin(model_of(make()), optimizer=wrapper, **kwargs)
+        assert str(caught.value).startswith(f"AdaLoraCallback under DeepSpeed ({found}): its engine steps inside")
+        assert str(caught.value).endswith("possible: DDP.")
+
+
+@pytest.mark.parametrize("make", [svd, adaptive])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(flattened, make, use_orig_params):
+    with pytest.raises(RuntimeError, match="AdaLoraCallback under FSDP1 .* cannot be told apart; possible: DDP"):
+        begin(flattened(model_of(make()), "FULL_SHARD", use_orig_params))
 
 
 def test_a_layer_that_lost_all_ranks_saves_and_loads_without_a_warning(tmp_path):

@@ -624,10 +624,11 @@ def test_trl_on_a_4bit_model_ends_with_gates_moved_and_float32(tmp_path):
     assert ((values != 0) & (values != 1)).any()  # in bfloat16 every survivor would still be exactly 1
 
 
-def test_a_model_without_sora_is_told(tmp_path):
+def test_a_model_without_sora_is_told_once(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.warns(UserWarning, match="no trainable SoRA layer, so nothing is pruned"):
-        trainer_of(model, tmp_path, [SoraCallback()], max_steps=1).train()
+    with pytest.warns(UserWarning, match="no trainable SoRA layer, so nothing is pruned") as caught:
+        trainer_of(model, tmp_path, [SoraCallback()], max_steps=2).train()
+    assert len([w for w in caught if "SoraCallback" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -680,13 +681,27 @@ def test_gates_outside_the_optimizer_are_refused(tmp_path):
         trainer.train()
 
 
-def test_deepspeed_is_refused():
-    class DeepSpeedOptimizerWrapper:
-        param_groups = ()
+def begin(model, deepspeed=None, optimizer=None):
+    state = type("State", (), {"global_step": 0, "max_steps": 1})()
+    SoraCallback().on_train_begin(type("Args", (), {"deepspeed": deepspeed})(), state, None, model, optimizer)
 
-    callback, state = SoraCallback(), type("State", (), {"global_step": 0, "max_steps": 1})()
-    with pytest.raises(RuntimeError, match="under DeepSpeed: its engine steps inside backward"):
-        callback.on_train_begin(None, state, None, model=sora_model(), optimizer=DeepSpeedOptimizerWrapper())
+
+@pytest.mark.parametrize("settings", [{}, {"target_r": 2}])
+def test_deepspeed_is_refused(settings):
+    wrapper = type("DeepSpeedOptimizerWrapper", (), {"param_groups": ()})()
+    for found, kwargs in (("deepspeed='zero2.json'", {"deepspeed": "zero2.json"}), (type(wrapper).__name__, {})):
+        with pytest.raises(RuntimeError) as caught:
+            begin(sora_model(**settings), optimizer=wrapper, **kwargs)
+        assert str(caught.value).startswith(f"SoraCallback under DeepSpeed ({found}): its engine steps inside backward")
+        assert str(caught.value).endswith("possible: DDP, or FSDP2 with target_r=None and min_rank=0.")
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(flattened, strategy, use_orig_params):
+    message = r"SoraCallback under FSDP1 \(FullyShardedDataParallel\): it flattens .* possible: DDP, or FSDP2 with"
+    with pytest.raises(RuntimeError, match=message):
+        begin(flattened(sora_model(), strategy, use_orig_params))
 
 
 @pytest.mark.parametrize("settings", [{"target_r": 2}, {"min_rank": 1}])

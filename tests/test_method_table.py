@@ -24,6 +24,7 @@ from hf_fastpeft.config.method_table import BLOCKS, FACTS, methods_table
 from hf_fastpeft.config.methods import BASE_CHANGING, METHODS, SHORTHANDS
 from hf_fastpeft.errors import AdapterError, ConfigError
 from hf_fastpeft.run.runner import model_and_batch
+from hf_fastpeft.tuners._gated import unpack_4bit
 
 pytestmark = [
     # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, PeftModel.__init__).
@@ -195,6 +196,36 @@ def weight_with_adapter(layer):
     return weight
 
 
+@pytest.mark.parametrize("name", ["sora", "adaptive_lora", "lora"])
+def test_4_bit_weights_through_training_evaluation_and_training(name, base):
+    """bitsandbytes 0.50 packs 4-bit weights at the first evaluation on a CPU, and products with them have no gradient.
+
+    SoRA and adaptive LoRA put them back themselves, ``unpack_4bit`` does it for PEFT's layers. Scales come back
+    rounded to bfloat16.
+    """
+    model, batch = toy(name, base, *on("4-bit"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(**batch).loss.backward()
+    before = [p.grad.clone() for p in trained]
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    want = {path: weight_with_adapter(layer) for path, layer in layers.items()}
+    adapted = logits(model, batch)
+    assert (logits(model.eval(), batch) - adapted).norm() < 2**-6 * adapted.norm()  # the packed product is bfloat16's
+    model.train().zero_grad()
+    if name == "lora":
+        unpack_4bit(model)
+    model(**batch).loss.backward()
+    after, before = (torch.cat([g.flatten() for g in grads]) for grads in ([p.grad for p in trained], before))
+    assert (after - before).norm() < 2**-6 * before.norm()
+    logits(model.eval(), batch)
+    if name == "lora":
+        unpack_4bit(model)
+    merged = model.merge_and_unload()
+    for path, weight in want.items():
+        error = (dense(merged.get_submodule(path.removeprefix("base_model.model."))) - weight).abs()
+        assert (error <= (1 + 2**-8) * ROUNDING["4-bit"](weight)).all(), path
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_lora(name, base, tmp_path):
     model, batch = toy(name, base)
@@ -261,6 +292,7 @@ for name in NAMES:
             for key in want:
                 error = (got[key] - want[key]).norm() / want[key].norm()
                 assert error < 1e-5, (name, wrap.__name__, patched, key, float(error))
+dist.destroy_process_group()
 """
 
 

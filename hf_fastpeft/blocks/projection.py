@@ -423,12 +423,11 @@ def _add_gate_grads(grads: Grads, G_RI: torch.Tensor, stack: Stack, needs: Needs
     alpha = scales.pop() if len(scales) == 1 else 1.0
     # beta=0 ignores what the fresh element holds, NaN included
     products_R11 = torch.baddbmm(G_RI.new_empty(1), A_RI.unsqueeze(1), G_RI.unsqueeze(2), beta=0, alpha=alpha)
-    parts = products_R11.flatten().split([low.rank for low in stack])
-    for i, (low, d_gate_R) in enumerate(zip(stack, parts, strict=True)):
+    d_gates_R = products_R11.flatten()
+    for i, (low, (_, ranks)) in enumerate(zip(stack, slices(stack), strict=True)):
         at = i * TENSORS_PER_LINEAR + 4
         if needs[at] and low.gate is not None:
-            if low.gate_scale != alpha:
-                d_gate_R = d_gate_R * low.gate_scale
+            d_gate_R = d_gates_R[ranks] if low.gate_scale == alpha else d_gates_R[ranks] * low.gate_scale
             grads[at] = d_gate_R.to(low.gate.dtype).view(low.gate.shape)
 
 

@@ -755,6 +755,7 @@ logs = {"loss": 0.0}
 callback.on_log(args, state, None, logs=logs)
 gates = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in (g.detach() for g in gates_of(model))]
 torch.save({"gates": gates, "kept": kept_ranks(model), "logged": logs["sora/kept_rank"]}, f"{folder}/{kind}-{rank}.pt")
+dist.destroy_process_group()
 """
 
 

@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # PEFT 0.21 on loading its own AdaLoRA folders.
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
-    # bitsandbytes 0.50 on a CPU, in evaluation.
-    pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning"),
 ]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

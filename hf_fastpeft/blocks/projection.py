@@ -405,14 +405,30 @@ def add_weight_grads(
     if not (any(needs[2::TENSORS_PER_LINEAR]) or any(needs[4::TENSORS_PER_LINEAR])):
         return
     G_RI = mm_wide(U_TR.t(), x_side_TI) if draw is None else _dropped_products(x_side_TI, U_TR, stack, plan, draw)
-    d_A_RI = G_RI if side.gate_R is None else G_RI * side.gate_R.unsqueeze(1)
+    _add_gate_grads(grads, G_RI, stack, plan, needs)
+    d_A_RI = G_RI if side.gate_R is None else G_RI.mul_(side.gate_R.unsqueeze(1))
     for i, (low, (_, ranks)) in enumerate(zip(stack, plan.where, strict=True)):
         at = i * TENSORS_PER_LINEAR
         if needs[at + 2] and low.A is not None:
             grads[at + 2] = d_A_RI[ranks].to(low.A.dtype)
-        if needs[at + 4] and low.A is not None and low.gate is not None:
-            d_gate_R = torch.linalg.vecdot(low.A.to(G_RI.dtype), G_RI[ranks])
-            grads[at + 4] = (d_gate_R * low.gate_scale).to(low.gate.dtype).view(low.gate.shape)
+
+
+def _add_gate_grads(grads: Grads, G_RI: torch.Tensor, stack: Stack, plan: Plan, needs: Needs) -> None:
+    """The gates' gradients of a whole stack in one product, ``(1, I)`` by ``(I, 1)`` for every rank."""
+    if not any(needs[4::TENSORS_PER_LINEAR]):
+        return
+    factors = [low.A for low in stack if low.A is not None]
+    A_RI = (factors[0] if len(factors) == 1 else torch.cat(factors)).to(G_RI.dtype)
+    scales = {low.gate_scale for low in stack if low.gate is not None}
+    alpha = scales.pop() if len(scales) == 1 else 1.0
+    # beta=0 ignores what the fresh element holds, NaN included
+    products_R11 = torch.baddbmm(G_RI.new_empty(1), A_RI.unsqueeze(1), G_RI.unsqueeze(2), beta=0, alpha=alpha)
+    d_gates_R = products_R11.flatten()
+    for i, (low, (_, ranks)) in enumerate(zip(stack, plan.where, strict=True)):
+        at = i * TENSORS_PER_LINEAR + 4
+        if needs[at] and low.gate is not None:
+            d_gate_R = d_gates_R[ranks] if low.gate_scale == alpha else d_gates_R[ranks] * low.gate_scale
+            grads[at] = d_gate_R.to(low.gate.dtype).view(low.gate.shape)
 
 
 def _dropped_products(x_TI: torch.Tensor, U_TR: torch.Tensor, stack: Stack, plan: Plan, draw: Draw) -> torch.Tensor:

@@ -10,13 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_fastpeft.callbacks._gates import checkpoint_file, restore_float32, uses_deepspeed
+from hf_fastpeft.callbacks._gates import checkpoint_file, refuse_engines, restore_float32
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.adalora.adapter import (
     AllocatedAdapter,
     active_adapters,
     cut_layers,
     freeze_ranknum,
+    has_layers,
     patterns_of,
     refuse_cut_layers,
     refuse_shards,
@@ -57,8 +58,9 @@ class AdaLoraCallback(TrainerCallback):
 
     Raises:
         ValueError: on train begin, a schedule or target that the run or the layers do not allow.
-        RuntimeError: on train begin, under DeepSpeed, whose engine has cleared the gradients; for sharded adapters
-            (FSDP2); in training, where no gradients are left after the optimizer's step.
+        RuntimeError: on train begin, under DeepSpeed, whose engine has cleared the gradients; under FSDP1, which
+            flattens the factors; for sharded adapters (FSDP2); in training, where no gradients are left after the
+            optimizer's step.
         AdapterError: on train begin, ranks of PEFT's adapter are cut already, or the checkpoint's state is unreadable.
     """
 
@@ -87,6 +89,8 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         self._release()
         self.history = []
+        if has_layers(model):
+            refuse_engines("AdaLoraCallback", args, model, optimizer, possible="DDP")
         self._adapters = active_adapters(model)
         if not self._adapters:
             warnings.warn(
@@ -97,11 +101,6 @@ class AdaLoraCallback(TrainerCallback):
                 stacklevel=2,
             )
             return
-        if uses_deepspeed(args, optimizer):
-            raise RuntimeError(
-                "AdaLoraCallback under DeepSpeed: its engine steps inside backward and clears the gradients before "
-                "any callback, so components cannot be scored; possible: DDP."
-            )
         for adapter in self._adapters:
             refuse_shards(adapter)
             if adapter.runtime is None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_fastpeft.callbacks._decay import DecayExemption
-from hf_fastpeft.callbacks._gates import checkpoint_file, restore_float32, uses_deepspeed
+from hf_fastpeft.callbacks._gates import checkpoint_file, refuse_engines, restore_float32
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.sora.layer import GatedLinear, SoraLayer, SoraRuntime
 from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, lambda_share, rank_budget, soft_threshold_
@@ -79,8 +79,9 @@ class SoraCallback(TrainerCallback):
 
     Raises:
         ValueError: on train begin, a schedule or target that the run or the layers do not allow.
-        RuntimeError: on train begin, under DeepSpeed, whose optimizer keeps its own copy of the gates; for gates that
-            the optimizer does not hold; for sharded gates with ``target_r`` or ``min_rank``.
+        RuntimeError: on train begin, under DeepSpeed, whose optimizer keeps its own copy of the gates; under FSDP1,
+            which flattens them; for gates that the optimizer does not hold; for sharded gates (FSDP2) with
+            ``target_r`` or ``min_rank``.
         AdapterError: on train begin, the checkpoint's ``sora_state.json`` cannot be read.
     """
 
@@ -108,6 +109,9 @@ class SoraCallback(TrainerCallback):
     ) -> None:
         self._release()
         self.history = []
+        if any(True for _ in _sora_layers(model)):
+            possible = "DDP, or FSDP2 with target_r=None and min_rank=0"
+            refuse_engines("SoraCallback", args, model, optimizer, possible=possible)
         self._adapters = _active_adapters(model)
         if not self._adapters:
             warnings.warn(
@@ -117,7 +121,6 @@ class SoraCallback(TrainerCallback):
                 stacklevel=2,
             )
             return
-        _refuse_deepspeed(args, optimizer)
         for adapter in self._adapters:
             restore_float32(adapter.gates, optimizer)
             _refuse_shards(adapter)
@@ -284,14 +287,6 @@ def _count(adapters: list[_Adapter]) -> dict[str, int]:
             names.append(path if len(adapters) == 1 else f"{adapter.name}/{path}")
             counts.append(torch.count_nonzero(whole.detach()).to(adapters[0].gates[0].device, non_blocking=True))
     return dict(zip(names, torch.stack(counts).tolist(), strict=True))
-
-
-def _refuse_deepspeed(args: Any, optimizer: Any) -> None:
-    if uses_deepspeed(args, optimizer):
-        raise RuntimeError(
-            "SoraCallback under DeepSpeed: its engine steps inside backward and overwrites the gates from its own "
-            "float32 copy, so nothing would stay pruned; possible: DDP or FSDP2."
-        )
 
 
 def _refuse_shards(adapter: _Adapter) -> None:

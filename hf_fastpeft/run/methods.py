@@ -17,8 +17,9 @@ from hf_fastpeft.config.schema import RunConfig
 from hf_fastpeft.errors import ConfigError
 from hf_fastpeft.run.data import IGNORED
 from hf_fastpeft.run.result import RunResult
+from hf_fastpeft.tuners._gated import unpack_4bit
 
-__all__ = ["EvaCallback", "LoraPlusTrainer", "MethodParts", "padded"]
+__all__ = ["EvaCallback", "LoraPlusTrainer", "MethodParts", "Unpack4bitCallback", "padded"]
 
 _EVA_BATCHES = 500  # far more than the 10 to 50 that PCA takes to settle
 _EVA_RHO = 2.0  # peft.EvaConfig's default
@@ -107,6 +108,13 @@ class EvaCallback(TrainerCallback):
         return _Batches([padded(batch, self.pad) for batch in full])
 
 
+class Unpack4bitCallback(TrainerCallback):
+    """Lets steps after an evaluation, or after generated samples, train through 4-bit weights on a CPU."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        unpack_4bit(model)
+
+
 class _Batches(Sequence[dict[str, torch.Tensor]]):
     """The batches again and again, as PEFT asks for them, but not for ever."""
 
@@ -159,6 +167,8 @@ class MethodParts:
         self.callbacks: list[TrainerCallback] = []
         if config.peft_init_lora_weights == "eva":
             self.callbacks.append(EvaCallback(config, rows, tokenizer.pad_token_id or 0))
+        if config.load_in_4bit:
+            self.callbacks.append(Unpack4bitCallback())
         self.ranks: Any = None
         self.patcher: Any = None
         if config.fastpeft.patch:

@@ -30,6 +30,7 @@ __all__ = [
     "Repacked4bit",
     "full_tensor",
     "kept_ranks",
+    "unpack_4bit",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -172,23 +173,39 @@ class GatedLayer:
 
 
 class Repacked4bit:
-    """Mixin before PEFT's ``Linear4bit``: merging finds the weight in the layout it expects.
+    """Mixin before PEFT's ``Linear4bit``: training and merging find the weight in the layout they expect.
 
-    bitsandbytes 0.50 repacks a CPU weight at the first forward in evaluation mode, and PEFT's merge dequantises the
-    packed bytes as if they were not (relative error 1.4). Building the state dict puts the layout back.
+    See :func:`unpack_4bit`; PEFT's merge dequantises packed bytes as if they were not (relative error 1.4).
     """
+
+    def train(self, mode: bool = True) -> Any:
+        """``nn.Module.train``, after which the weight can be trained through."""
+        if mode:
+            unpack_4bit(cast(nn.Module, self))
+        return super().train(mode)  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight, which is quantised anew."""
-        layer: Any = self
-        layer.get_base_layer().state_dict()
+        unpack_4bit(cast(nn.Module, self))
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
 
     def unmerge(self, *args: Any, **kwargs: Any) -> None:
         """Take merged adapters out of the base weight, which is quantised anew."""
-        layer: Any = self
-        layer.get_base_layer().state_dict()
+        unpack_4bit(cast(nn.Module, self))
         super().unmerge(*args, **kwargs)  # type: ignore[misc]
+
+
+def unpack_4bit(model: nn.Module) -> None:
+    """Put 4-bit weights that bitsandbytes packed for a CPU back into the layout for training and merging.
+
+    bitsandbytes 0.50 packs a weight at its first forward in evaluation mode, on a CPU with AVX512-BF16. A product with
+    a packed weight has no gradient, so what is trained in front of it gets a wrong one, with a warning only. Scales
+    come back rounded to bfloat16.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            module.state_dict()  # undoes it
 
 
 class GatedModel(lora.LoraModel):

@@ -1,7 +1,10 @@
 """Rank allocation in a Trainer run, for PEFT's AdaLoRA and for adaptive LoRA: each trap of PEFT's own is a test."""
 
 import itertools
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -853,10 +856,21 @@ def begin(model, optimizer=None, max_steps=12, **arguments):
     return callback
 
 
-def test_deepspeed_is_refused():
-    for kwargs in ({"deepspeed": "zero.json"}, {"optimizer": type("DeepSpeedOptimizerWrapper", (), {})()}):
-        with pytest.raises(RuntimeError, match="under DeepSpeed: its engine steps inside backward and clears"):
-            begin(model_of(svd()), **kwargs)
+@pytest.mark.parametrize("make", [svd, adaptive])
+def test_deepspeed_is_refused(make):
+    wrapper = type("DeepSpeedOptimizerWrapper", (), {})()
+    for found, kwargs in (("deepspeed='zero.json'", {"deepspeed": "zero.json"}), (type(wrapper).__name__, {})):
+        with pytest.raises(RuntimeError) as caught:
+            begin(model_of(make()), optimizer=wrapper, **kwargs)
+        assert str(caught.value).startswith(f"AdaLoraCallback under DeepSpeed ({found}): its engine steps inside")
+        assert str(caught.value).endswith("possible: DDP.")
+
+
+@pytest.mark.parametrize("make", [svd, adaptive])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(flattened, make, use_orig_params):
+    with pytest.raises(RuntimeError, match=r"AdaLoraCallback under FSDP1 .* cannot be told apart; possible: DDP"):
+        begin(flattened(model_of(make()), "FULL_SHARD", use_orig_params))
 
 
 def test_a_layer_that_lost_all_ranks_saves_and_loads_without_a_warning(tmp_path):
@@ -908,7 +922,8 @@ def test_a_schedule_or_target_that_cannot_be_met_is_refused(made, message):
 
 RANK_OF_TWO = """
 import sys
-sys.path[:0] = sys.argv[4:]
+apart = sys.argv[4] == "apart"
+sys.path[:0] = sys.argv[5:]
 import torch, torch.distributed as dist
 from test_adalora_callback import IDS, adaptive, model_of, moving, svd, triplets_of
 from transformers import TrainingArguments
@@ -924,7 +939,7 @@ for name, make in (("PEFT", svd), ("decay", adaptive), ("constant", moving)):
     model, callback = model_of(make()), AdaLoraCallback()
     state = type("State", (), {"global_step": 0, "max_steps": 12})()
     callback.on_init_end(args, state, None, model=model)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 and not apart else model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
     for step in range(12):
@@ -937,33 +952,46 @@ for name, make in (("PEFT", svd), ("decay", adaptive), ("constant", moving)):
     results[name] = [p.detach().clone() for t in triplets_of(model) for p in (t.A, t.B, t.E)]
     callback.on_train_end(args, state, None, model=model)
 torch.save(results, f"{folder}/{world}-{rank}.pt")
+if world > 1:
+    dist.destroy_process_group()
 """
+
+
+def runs_of(folder, kind, *ranks):
+    """Factors and gates of each process, by method; ``ranks`` are (rank, number of processes)."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parents[1])]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RANK_OF_TWO, str(rank), str(world), str(folder), kind, *paths],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, world in ranks
+    ]
+    errors = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(ranks), errors[0][-2000:]
+    return [torch.load(folder / f"{world}-{rank}.pt") for rank, world in ranks]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_as_one_with_both_their_rows(tmp_path):
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), str(here.parents[1])]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK_OF_TWO, str(rank), str(world), str(tmp_path), *paths],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, world in ((0, 2), (1, 2), (0, 1))
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=300)
-        assert run.returncode == 0, errors[-2000:]
-    first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
+    first, second, alone = runs_of(tmp_path, "together", (0, 2), (1, 2), (0, 1))
     for name in alone:
         for a, b, want in zip(first[name], second[name], alone[name], strict=True):
             assert torch.equal(a, b)
             torch.testing.assert_close(a, want, rtol=1e-4, atol=1e-6)
         gates = alone[name][2::3]
         assert sum(int((gate != 0).sum()) for gate in gates) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_that_do_not_reduce_gradients_differ(tmp_path):
+    """So the test above sees whether they do."""
+    first, second = runs_of(tmp_path, "apart", (0, 2), (1, 2))
+    for name in first:
+        assert not any(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True)), name
+    masks = [[gate != 0 for name in run for gate in run[name][2::3]] for run in (first, second)]
+    assert any(not torch.equal(a, b) for a, b in zip(*masks, strict=True))

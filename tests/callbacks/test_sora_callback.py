@@ -4,7 +4,10 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -624,10 +627,11 @@ def test_trl_on_a_4bit_model_ends_with_gates_moved_and_float32(tmp_path):
     assert ((values != 0) & (values != 1)).any()  # in bfloat16 every survivor would still be exactly 1
 
 
-def test_a_model_without_sora_is_told(tmp_path):
+def test_a_model_without_sora_is_told_once(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.warns(UserWarning, match="no trainable SoRA layer, so nothing is pruned"):
-        trainer_of(model, tmp_path, [SoraCallback()], max_steps=1).train()
+    with pytest.warns(UserWarning, match="no trainable SoRA layer, so nothing is pruned") as caught:
+        trainer_of(model, tmp_path, [SoraCallback()], max_steps=2).train()
+    assert len([w for w in caught if "SoraCallback" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -680,13 +684,29 @@ def test_gates_outside_the_optimizer_are_refused(tmp_path):
         trainer.train()
 
 
-def test_deepspeed_is_refused():
-    class DeepSpeedOptimizerWrapper:
-        param_groups = ()
+def begin(model, deepspeed=None, optimizer=None):
+    state = type("State", (), {"global_step": 0, "max_steps": 1})()
+    SoraCallback().on_train_begin(type("Args", (), {"deepspeed": deepspeed})(), state, None, model, optimizer)
 
-    callback, state = SoraCallback(), type("State", (), {"global_step": 0, "max_steps": 1})()
-    with pytest.raises(RuntimeError, match="under DeepSpeed: its engine steps inside backward"):
-        callback.on_train_begin(None, state, None, model=sora_model(), optimizer=DeepSpeedOptimizerWrapper())
+
+@pytest.mark.parametrize("settings", [{}, {"target_r": 2}])
+def test_deepspeed_is_refused(settings):
+    wrapper = type("DeepSpeedOptimizerWrapper", (), {"param_groups": ()})()
+    for found, kwargs in (("deepspeed='zero2.json'", {"deepspeed": "zero2.json"}), (type(wrapper).__name__, {})):
+        with pytest.raises(RuntimeError) as caught:
+            begin(sora_model(**settings), optimizer=wrapper, **kwargs)
+        assert str(caught.value).startswith(
+            f"SoraCallback under DeepSpeed ({found}): its engine steps inside backward"
+        )
+        assert str(caught.value).endswith("possible: DDP, or FSDP2 with target_r=None and min_rank=0.")
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(flattened, strategy, use_orig_params):
+    message = r"SoraCallback under FSDP1 \(FullyShardedDataParallel\): it flattens .* possible: DDP, or FSDP2 with"
+    with pytest.raises(RuntimeError, match=message):
+        begin(flattened(sora_model(), strategy, use_orig_params))
 
 
 @pytest.mark.parametrize("settings", [{"target_r": 2}, {"min_rank": 1}])
@@ -697,6 +717,89 @@ def test_sharded_gates_that_must_be_compared_are_refused(settings):
     adapter.gates[0].to_local = lambda: None
     with pytest.raises(RuntimeError, match="cannot be compared across shards"):
         _refuse_shards(adapter)
+
+
+TWO_PROCESSES = """
+import sys
+rank, folder, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+sys.path[:0] = sys.argv[4:]
+import torch, torch.distributed as dist
+from test_sora_callback import sora_model, gates_of
+from hf_fastpeft import SoraCallback
+from hf_fastpeft.tuners.sora import kept_ranks
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store-{kind}", rank=rank, world_size=2)
+ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(rank))
+settings = {"sparse_lambda": 0.5} if kind == "fsdp2" else {"target_r": 2, "min_rank": 1}
+model, callback = sora_model(**settings), SoraCallback()
+args = type("Args", (), {"output_dir": folder, "deepspeed": None})()
+state = type("State", (), {"global_step": 0, "max_steps": 8, "log_history": []})()
+callback.on_init_end(args, state, None, model=model)
+wrapped = model
+if kind == "ddp":
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+elif kind == "fsdp2":
+    for layer in model.get_base_model().model.layers:
+        torch.distributed.fsdp.fully_shard(layer)
+    torch.distributed.fsdp.fully_shard(model)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
+for step in range(8):
+    callback.on_step_begin(args, state, None)
+    wrapped.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    callback.on_optimizer_step(args, state, None, optimizer=optimizer)
+    optimizer.zero_grad()
+    state.global_step += 1
+logs = {"loss": 0.0}
+callback.on_log(args, state, None, logs=logs)
+gates = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in (g.detach() for g in gates_of(model))]
+torch.save({"gates": gates, "kept": kept_ranks(model), "logged": logs["sora/kept_rank"]}, f"{folder}/{kind}-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def two_processes(folder, kind):
+    """Gates and ranks of a run on each of two processes, whose rows differ."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parents[1])]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", TWO_PROCESSES, str(rank), str(folder), kind, *paths],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors[0][-2000:]
+    return [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_keep_the_same_ranks(tmp_path, kind):
+    first, second = two_processes(tmp_path, kind)
+    for a, b in zip(first["gates"], second["gates"], strict=True):
+        assert torch.equal(a, b)
+    kept = {
+        path: int((gate != 0).sum()) for (path, _), gate in zip(first["kept"].items(), first["gates"], strict=True)
+    }
+    for run in (first, second):
+        assert {path: n for path, (n, _) in run["kept"].items()} == kept
+        assert run["logged"] == sum(kept.values()) / len(kept)
+    if kind == "ddp":
+        assert sum(kept.values()) == 2 * len(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_that_do_not_reduce_gradients_differ(tmp_path):
+    """So the test above sees whether they do."""
+    first, second = two_processes(tmp_path, "apart")
+    assert any(not torch.equal(a, b) for a, b in zip(first["gates"], second["gates"], strict=True))
+    assert first["kept"] != second["kept"]
 
 
 def test_a_broken_state_file_is_refused(tmp_path):

@@ -21,6 +21,7 @@ __all__ = [
     "active_adapters",
     "cut_layers",
     "freeze_ranknum",
+    "has_layers",
     "patterns_of",
     "refuse_cut_layers",
     "refuse_shards",
@@ -117,6 +118,10 @@ def _schedule_of_peft(config: Any, max_steps: int) -> Schedule:
             f"{max_steps}, and deltaT from 1"
         )
     return Schedule(config.tinit, max_steps - config.tfinal, config.deltaT)
+
+
+def has_layers(model: nn.Module) -> bool:
+    return any(isinstance(layer, (AdaLoraLayer, AdaptiveLoraLayer)) for layer in model.modules())
 
 
 def active_adapters(model: nn.Module) -> list[AllocatedAdapter]:

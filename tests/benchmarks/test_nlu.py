@@ -239,7 +239,8 @@ def test_targets_name_methods_of_the_table():
 def test_a_worker_is_a_process(files, settings, monkeypatch):
     request = {"settings": {**settings, "seeds": [1]}, "method": "head", "files": [str(f) for f in files]}
     records = []
-    assert nlu._process({**request, "done": swept("head", METHODS["head"].rates[1])}, records.append, float("inf")) is None
+    request["done"] = swept("head", METHODS["head"].rates[1])
+    assert nlu._process(request, records.append, float("inf")) is None
     assert [r["phase"] for r in records] == ["test"]
     monkeypatch.setattr("sys.executable", "/bin/false")
     assert nlu._process({**request, "done": []}, records.append, float("inf")).startswith("exit 1")

@@ -380,6 +380,8 @@ def _route_obstacle(model: "FastCausalLM", backbone: nn.Module) -> str | None:
     for layer in layers:
         if not isinstance(layer, FastDecoderLayer):
             return f"{type(layer).__name__} is not patched"
+        if layer._compiled_call_impl is not None:  # a number of positions of its own in every step
+            return f"{type(layer).__name__} is compiled"
         if not isinstance(layer.self_attn, FastAttention):
             return f"{type(layer.self_attn).__name__} is not patched"
         if layer.training != model.training or layer.self_attn.training != model.training:

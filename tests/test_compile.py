@@ -6,9 +6,11 @@ import pytest
 import torch
 from adapters import METHODS, adapted_llama, step, token_batch, twin
 from numerics import FLOAT64_REL, assert_no_worse, rel_err
+from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from test_families import adapted, batch_of, norms_in_float64, tiny
 from test_head import losses, run_trainer
+from tiny import tiny_llama
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -272,7 +274,8 @@ def test_single_layers_compile_inside_an_eager_model():
 
 
 @pytest.mark.parametrize(
-    ("whole", "reentrant"), [(False, False), (False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+    ("whole", "reentrant"),
+    [(False, False), (False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
 )
 def test_checkpointing(whole, reentrant):
     """A reentrant checkpoint breaks the graph around each layer, as in stock."""
@@ -283,6 +286,8 @@ def test_checkpointing(whole, reentrant):
         if reentrant:
             model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if whole and not reentrant:  # the hook's requires_grad_ cannot be in a graph (torch 2.13)
+            model.get_base_model().disable_input_require_grads()
     if whole:
         run, graphs = compiled(fast, fullgraph=not reentrant)
     else:
@@ -308,6 +313,17 @@ def test_dropout_runs_stock_and_is_reported():
     assert graphs[1:] and patched.to_json()["blocks"]["mlp"]["calls_fused"] == 1
 
 
+def test_adalora_runs_stock_and_is_reported():
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["down_proj"])
+    stock = get_peft_model(tiny_llama(torch.float32, num_hidden_layers=1), config).train()
+    fast = twin(stock)
+    patched = patch_model(fast)
+    run, graphs = compiled(fast.get_base_model(), backend=lambda module, inputs: module)
+    torch.testing.assert_close(run(**BATCH).loss, stock.get_base_model()(**BATCH).loss)
+    assert patched.to_json()["blocks"]["mlp"]["calls_stock"] == {"down_proj: AdaLoRA inside torch.compile": 1}
+    assert set(graphs.operators()) == {"attention_in_forward", "attention_out_forward", "norm_forward"}
+
+
 @pytest.mark.parametrize("patch", [False, True])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_trainer_compiles(patch, tmp_path):
@@ -327,22 +343,29 @@ def fresh_dynamo():
 
 
 def operator_calls(method, family="llama"):
-    """The arguments of each of our operators in one compiled step of a tiny model, in float64."""
+    """The arguments of each of our operators in one step of a tiny compiled model, in float64."""
     calls = {}
 
-    class Record(TorchDispatchMode):
+    class Forward(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if getattr(target, "namespace", None) == "hf_fastpeft":
+                calls.setdefault(target, args)
+            return super().call_function(target, args, kwargs)
+
+    class Backward(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "hf_fastpeft":
                 calls.setdefault(func, args)
             return func(*args, **(kwargs or {}))
 
-    model = adapted(family, torch.float64) if method is None else adapted_llama(method, biases=True)
+    overrides = {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}
+    model = adapted(family, torch.float64) if method is None else adapted_llama(method, **overrides)
     patch_model(model)
     with norms_in_float64(model):
-        run, _ = compiled(model, backend=lambda module, inputs: module)
-        run(**batch_of(family))
-        with Record():
-            run(**batch_of(family)).loss.backward()
+        run, _ = compiled(model, backend=lambda module, inputs: Forward(module).run)
+        loss = run(**batch_of(family)).loss
+        with Backward():
+            loss.backward()
     return calls
 
 
@@ -351,14 +374,30 @@ def test_operators_keep_torchs_contract(method, family):
     """Schema, purity, results without memory, autograd and tracing with any shape, as torch itself checks them."""
     calls = operator_calls(method, family)
     assert {func._opname for func in calls} == {
-        f"{block}_{way}" for block in ("attention_in", "attention_out", "mlp", "norm") for way in ("forward", "backward")
+        f"{block}_{way}"
+        for block in ("attention_in", "attention_out", "mlp", "norm")
+        for way in ("forward", "backward")
     }
     for func, args in calls.items():
-        torch.library.opcheck(func, pytree.tree_map_only(torch.Tensor, fresh, args))
+        differentiable = func._opname.endswith("_forward")
+        inputs = [
+            t.detach().clone().requires_grad_(t.requires_grad and differentiable) if isinstance(t, torch.Tensor) else t
+            for t in pytree.tree_leaves(args)
+        ]
+        torch.library.opcheck(func, pytree.tree_unflatten(inputs, pytree.tree_structure(args)))
 
 
-def fresh(tensor):
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+def test_second_derivatives_are_refused():
+    model = adapted_llama("lora", num_hidden_layers=1)
+    patch_model(model)
+    run, _ = compiled(model, backend=lambda module, inputs: module)
+    (first,) = torch.autograd.grad(run(**BATCH).loss, [lora_B(model)], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        first.sum().backward()
+
+
+def lora_B(model):
+    return next(p for n, p in model.named_parameters() if "down_proj.lora_B" in n)
 
 
 def test_an_exported_model_is_stocks():
@@ -369,6 +408,7 @@ def test_an_exported_model_is_stocks():
     assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor():
     stock = adapted_llama("lora", torch.float32, num_hidden_layers=1)

@@ -113,6 +113,8 @@ def _define(
         "-> Tensor[]",
         gradient,
         gradient,
+        setup_context=lambda ctx, inputs, output: None,
+        backward=_twice,
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
@@ -143,6 +145,10 @@ def _define(
         setup_context=setup_context,
         backward=backward,
     )
+
+
+def _twice(*_: Any) -> None:
+    raise RuntimeError("the blocks' gradients cannot be differentiated once more")
 
 
 class _Context:

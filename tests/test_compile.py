@@ -310,7 +310,8 @@ def test_dropout_runs_stock_and_is_reported():
     assert (row["calls_fused"], row["calls_stock"]) == (0, {"dropout inside torch.compile": 1})  # traced once
     model.eval()
     run(**BATCH).loss.backward()
-    assert graphs[1:] and patched.to_json()["blocks"]["mlp"]["calls_fused"] == 1
+    assert graphs[1:]
+    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 1
 
 
 def test_adalora_runs_stock_and_is_reported():

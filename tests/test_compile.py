@@ -105,7 +105,9 @@ def test_each_kind_of_family_with_its_norms(family):
     assert graphs.operators() == all_fused({"llama": 1, "qwen3": 1, "gemma2": 1 + 2 * LAYERS}[family])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3", "gemma2"))]
+)
 def test_a_causal_model_without_adapter_trains_all(family):
     stock = tiny(family, torch.float64).train()
     fast = twin(stock)
@@ -314,6 +316,7 @@ def test_dropout_runs_stock_and_is_reported():
     assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:AdaLoRA. ranks are not being allocated")
 def test_adalora_runs_stock_and_is_reported():
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["down_proj"])
     stock = get_peft_model(tiny_llama(torch.float32, num_hidden_layers=1), config).train()

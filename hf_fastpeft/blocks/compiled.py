@@ -18,16 +18,17 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_fastpeft.blocks._function import tokens
-from hf_fastpeft.blocks.adapters import SideCache, Stack
+from hf_fastpeft.blocks.adapters import SideCache, Stack, make_bias, make_side, slices
 from hf_fastpeft.blocks.attention import _AttentionIn, _AttentionOut
 from hf_fastpeft.blocks.attention import _Layout as _AttentionLayout
 from hf_fastpeft.blocks.mlp import _MLP
 from hf_fastpeft.blocks.mlp import _Layout as _MLPLayout
 from hf_fastpeft.blocks.projection import Plan, make_plan, side_dtype_of
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
-from hf_fastpeft.ops._backend import Impl, define_op
+from hf_fastpeft.ops._backend import Impl, define_op, use_triton
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, _RMSNorm
 
@@ -195,7 +196,21 @@ def _factors(stack: Stack) -> list[float]:
 def _plan(
     x: torch.Tensor, tensors: Slots, factors: Factors, dtype: torch.dtype, side_dtype: torch.dtype, impl: Impl
 ) -> Plan:
-    return make_plan(_stack_of(tensors, factors), dtype, impl, x, None, side_dtype=side_dtype)
+    stack = _stack_of(tensors, factors)
+    if not isinstance(x, FakeTensor):
+        return make_plan(stack, dtype, impl, x, None, side_dtype=side_dtype)
+    # a trace asks for shapes alone, and those of the adapters may be symbols
+    return Plan(
+        dtype,
+        side_dtype,
+        impl,
+        use_triton(impl, x),
+        tuple((low.scaling, low.gate_scale, 0.0) for low in stack),
+        make_side(stack, side_dtype, fill=False),
+        None,
+        make_bias(stack, dtype),
+        slices(stack),
+    )
 
 
 def _flat(stack: Stack) -> Slots:

@@ -146,12 +146,13 @@ def _forward_over(stock: Any) -> Callable[..., Any]:
 class _ForwardOf:
     """Data descriptor: what ``model.forward`` is, given what other libraries put on the instance."""
 
-    @torch.compiler.disable  # a lookup, not a computation; traced, it recurses (torch 2.13)
     def __get__(self, model: Any, owner: Any) -> Callable[..., Any]:
         fast: Callable[..., Any] = getattr(owner, "_over_stock", nn.Module.forward)
         if model is None:
             return fast
         own: Callable[..., Any] | None = model.__dict__.get("forward")
+        if torch.compiler.is_compiling():  # it cannot trace the making of a bound method (torch 2.13)
+            return functools.partial(fast, model) if own is None else own
         if own is None:
             return MethodType(fast, model)
         options = _trl_options(own)
@@ -379,6 +380,8 @@ def _route_obstacle(model: "FastCausalLM", backbone: nn.Module) -> str | None:
     for layer in layers:
         if not isinstance(layer, FastDecoderLayer):
             return f"{type(layer).__name__} is not patched"
+        if layer._compiled_call_impl is not None:  # a number of positions of its own in every step
+            return f"{type(layer).__name__} is compiled"
         if not isinstance(layer.self_attn, FastAttention):
             return f"{type(layer.self_attn).__name__} is not patched"
         if layer.training != model.training or layer.self_attn.training != model.training:
@@ -503,7 +506,8 @@ def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *ar
     if reason is None and kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
         reason = "no labels"
     if reason is not None:
-        model._fastpeft.fall_back("lm_head", reason)
+        if reason is not COMPILED:
+            model._fastpeft.fall_back("lm_head", reason)
         return own(*args, **kwargs)
     kwargs.pop("fused_lm_head")
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)

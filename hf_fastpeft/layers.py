@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_fastpeft.blocks import attention_in, attention_out, mlp
+from hf_fastpeft.blocks import attention_in, attention_out, compiled, mlp
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.lowrank import intercepted, is_plain, read
@@ -30,12 +30,14 @@ from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm
 from hf_fastpeft.routing import Route, Routing
-from hf_fastpeft.watch import Watch
+from hf_fastpeft.watch import Glance, Watch
 
 __all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastModule", "FastRMSNorm", "Site"]
 
 INFERENCE = "inference (stock numerics and caches)"
 COMPILED = "inside torch.compile"
+DROPPED = "dropout inside torch.compile"
+EXPORTED = "inside torch.export"
 REPLICA = "a replica of DataParallel"
 TRANSFORMED = "torch.func or forward-mode differentiation"
 
@@ -52,7 +54,10 @@ class Readings(dict[str, tuple[Watch, tuple[Bundle, ...]]]):
 
 @dataclass(slots=True)
 class Site:
-    """What a patched module remembers: its options and what happened to each of its blocks so far."""
+    """What a patched module remembers: its options and what happened to each of its blocks so far.
+
+    A call inside a compiled graph counts once, when it is traced: a counter in traced code would be guarded on.
+    """
 
     impl: Impl
     adapters: SideCache = field(default_factory=SideCache)  # these two are one for all sites of a model
@@ -61,10 +66,27 @@ class Site:
     fused: Counter[str] = field(default_factory=Counter)
     stock: Counter[tuple[str, str]] = field(default_factory=Counter)  # (block, reason) -> calls
 
+    def fuse(self, block: str) -> None:
+        """Count one fused call of ``block``."""
+        if torch.compiler.is_compiling():
+            self._fuse_traced(block)
+        else:
+            self.fused[block] += 1
+
     def fall_back(self, block: str, reason: str) -> None:
         """Count one call of ``block`` that ran stock."""
-        if reason is not COMPILED:  # a counter in traced code would be guarded on: a recompilation a call
+        if torch.compiler.is_compiling():
+            self._fall_back_traced(block, reason)
+        else:
             self.stock[block, reason] += 1
+
+    @torch.compiler.assume_constant_result
+    def _fuse_traced(self, block: str) -> None:
+        self.fused[block] += 1
+
+    @torch.compiler.assume_constant_result
+    def _fall_back_traced(self, block: str, reason: str) -> None:
+        self.stock[block, reason] += 1
 
 
 def _new_instance(module: str, name: str) -> "FastModule":
@@ -130,6 +152,8 @@ class FastModule(nn.Module):
 
     def _bundles(self, block: str) -> tuple[Bundle, ...] | str:
         """:meth:`_read`, again only after something that it looked at has changed."""
+        if torch.compiler.is_compiling():
+            return self._read(block, Glance())
         readings = self._fastpeft.readings
         known = readings.get(block)
         if known is not None and known[0].same():
@@ -144,8 +168,8 @@ class FastModule(nn.Module):
 
     def _may_fuse(self) -> str | None:
         """What rules out every block of this call, before any layer is read."""
-        if torch.compiler.is_compiling():
-            return COMPILED
+        if torch.compiler.is_exporting():
+            return EXPORTED
         if "_is_replica" in self.__dict__:
             return REPLICA
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -170,6 +194,8 @@ def _read_stack(owner: nn.Module, names: tuple[str, ...], watch: Watch) -> Bundl
 def _dtype_of(x: torch.Tensor, bundles: tuple[Bundle, ...]) -> torch.dtype | str:
     found = {bundle.dtype_for(x) for bundle in bundles}
     dtype = found.pop() if len(found) == 1 else None
+    if torch.compiler.is_compiling() and any(low.dropout > 0 for bundle in bundles for low in bundle):
+        return DROPPED
     return dtype if dtype is not None else f"mixed dtypes: input {x.dtype}, weights {bundles[0][0].weight.dtype}"
 
 
@@ -192,7 +218,7 @@ class FastRMSNorm(FastModule):
 
     def parameters_of(self) -> Norm:
         """What a block needs to run this norm itself; counts as a fused call."""
-        self._fastpeft.fused["rms_norm"] += 1
+        self._fastpeft.fuse("rms_norm")
         return Norm(self.weight, getattr(self, self.eps_name), self.unit_offset)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -201,7 +227,8 @@ class FastRMSNorm(FastModule):
             self._fastpeft.fall_back("rms_norm", reason)
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         weight, eps, unit_offset = self.parameters_of()
-        return rms_norm(hidden_states, weight, eps, unit_offset=unit_offset, impl=self._fastpeft.impl)
+        run = compiled.rms_norm if torch.compiler.is_compiling() else rms_norm
+        return run(hidden_states, weight, eps, unit_offset=unit_offset, impl=self._fastpeft.impl)
 
 
 def _foldable(norm: nn.Module | None) -> bool:
@@ -253,11 +280,12 @@ class FastMLP(FastModule):
             site.fall_back("mlp", str(dtype))
             out = super().forward(x)
             return h + out if residual else out  # type: ignore[no-any-return]
-        site.fused["mlp"] += 1
+        site.fuse("mlp")
         stack, down = stacks
         act = self.activations[type(self._activation()).__name__]
         parameters = norm.parameters_of() if fold and isinstance(norm, FastRMSNorm) else None
-        out = mlp(
+        block = compiled.mlp if torch.compiler.is_compiling() else mlp
+        out = block(
             x,
             stack,
             down,
@@ -326,13 +354,14 @@ class FastAttention(FastModule):
         if isinstance(stacks, str) or isinstance(dtype, str):
             site.fall_back("attention_in", str(dtype))
             return *self._stock_in(x, cos, sin), h
-        site.fused["attention_in"] += 1
+        site.fuse("attention_in")
         qk_norm = None
         if self.qk_norms is not None:
             q_norm, k_norm = (getattr(self, name).parameters_of() for name in self.qk_norms)
             qk_norm = q_norm, k_norm
         parameters = norm.parameters_of() if fold and isinstance(norm, FastRMSNorm) else None
-        found = attention_in(
+        block = compiled.attention_in if torch.compiler.is_compiling() else attention_in
+        found = block(
             x,
             cos,
             sin,
@@ -369,8 +398,9 @@ class FastAttention(FastModule):
             site.fall_back("attention_out", str(dtype))
             out = self.o_proj(x)  # type: ignore[operator]
             return out if residual is None else residual + out  # type: ignore[no-any-return]
-        site.fused["attention_out"] += 1
-        return attention_out(x, stacks[0], dtype=dtype, residual=residual, impl=site.impl, adapters=site.adapters)
+        site.fuse("attention_out")
+        block = compiled.attention_out if torch.compiler.is_compiling() else attention_out
+        return block(x, stacks[0], dtype=dtype, residual=residual, impl=site.impl, adapters=site.adapters)
 
     def _attention_options(self) -> dict[str, Any]:
         """Keyword arguments that the family passes to the attention function beyond the common ones."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Watch"]
+__all__ = ["Glance", "Watch"]
 
 
 class Watch:
@@ -121,3 +121,30 @@ class Watch:
             if tensor.data_ptr() != place or tensor.requires_grad is not wants_grad:
                 return False
         return all(tensor._version == version for tensor, version in self._versions)
+
+
+class Glance(Watch):
+    """Looks and remembers nothing: for ``torch.compile``, which guards itself what it reads while it traces."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.volatile = True
+
+    def item(self, mapping: dict[Any, Any], key: Any) -> Any:
+        return mapping.get(key)
+
+    def kind(self, module: nn.Module) -> type:
+        return type(module)
+
+    def contents(self, values: list[Any]) -> list[Any]:
+        return values
+
+    def is_empty(self, container: Sized) -> bool:
+        return not len(container)
+
+    def version(self, tensor: torch.Tensor) -> int | None:
+        return None
+
+    def data(self, tensor: torch.Tensor) -> None:
+        pass

@@ -57,8 +57,11 @@ class Side:
     gate_R: torch.Tensor | None
 
 
-def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None) -> Side | None:
-    """Lay out the adapters of ``stack``, in ``border`` where one is given; None without any."""
+def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None, *, fill: bool = True) -> Side | None:
+    """Lay out the adapters of ``stack``, in ``border`` where one is given; None without any.
+
+    Without ``fill`` their values are left out.
+    """
     adapted = [low for low in stack if low.A is not None]
     if not adapted:
         return None
@@ -80,7 +83,8 @@ def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None) ->
             adapted[0].scaling if len(scalings) == 1 else 1.0,
             gate_R,
         )
-    _Fill([(side, stack)]).run()
+    if fill:
+        _Fill([(side, stack)]).run()
     return side
 
 

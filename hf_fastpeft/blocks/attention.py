@@ -39,6 +39,7 @@ class _Layout(NamedTuple):
     norm: tuple[float, bool] | None
     qk_norm: tuple[tuple[float, bool], ...] | None
     residual: bool
+    apart: bool = False  # queries, keys and values in memory of their own, as the results of an operator must be
 
     def split(self, z_TO: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values ``(B, H, S, D)`` as views of the products' results."""
@@ -71,14 +72,21 @@ class _AttentionIn(torch.autograd.Function):
         z_TO, P_TR = project(x_TI, stack, plan)
         q, k, v = layout.split(z_TO, h.shape[0])
         before: tuple[torch.Tensor | None, ...] = None, None, None
-        if layout.qk_norm is None:
+        if layout.qk_norm is None and not layout.apart:
             rotate(q, k, cos, sin, q, k, plan.impl)  # in place: nobody else has seen these two
         else:
-            q_in, k_in = q, k
+            q_in, k_in, v_in = q, k, v
             q, k = (torch.empty_like(t.transpose(1, 2)).transpose(1, 2) for t in (q, k))
-            q_norm, k_norm = _norms(layout, q_weight, k_weight)
-            rstds = norm_rotate(q_in, k_in, q_norm, k_norm, cos, sin, q, k, plan.impl)
-            before = z_TO, *rstds
+            if layout.apart:
+                v = torch.empty_like(v.transpose(1, 2)).transpose(1, 2)
+            if layout.qk_norm is None:
+                rotate(q_in, k_in, cos, sin, q, k, plan.impl, v=v_in, v_out=v)
+            else:
+                q_norm, k_norm = _norms(layout, q_weight, k_weight)
+                rstds = norm_rotate(q_in, k_in, q_norm, k_norm, cos, sin, q, k, plan.impl)
+                before = z_TO, *rstds
+                if layout.apart:
+                    v.copy_(v_in)
         ctx.layout, ctx.plan, ctx.h_shape, ctx.h_dtype = layout, plan, h.shape, h.dtype
         kept_TI: torch.Tensor | None = h_TI
         if layout.norm is None:

@@ -31,7 +31,18 @@ from hf_fastpeft.ops._backend import Impl, use_triton
 from hf_fastpeft.ops.mm_wide import mm_wide
 from hf_fastpeft.stacking import adjacent
 
-__all__ = ["Draw", "Needs", "Plan", "Room", "add_weight_grads", "make_plan", "needs_input", "project", "project_bwd"]
+__all__ = [
+    "Draw",
+    "Needs",
+    "Plan",
+    "Room",
+    "add_weight_grads",
+    "make_plan",
+    "needs_input",
+    "project",
+    "project_bwd",
+    "side_dtype_of",
+]
 
 Needs = Sequence[bool]  # one per tensor of the stack, in the order of LowRank.tensors
 Grads = list[torch.Tensor | None]
@@ -84,13 +95,14 @@ def make_plan(
     x: torch.Tensor,
     adapters: SideCache | None,
     room: Room = "none",
+    side_dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan of a call on ``x``; the adapters come laid out from the cache where there is one.
 
     ``room`` says which of the products' rows the block can give a tail, the input's or the results' too: the border's
-    condition.
+    condition. ``side_dtype`` was read from the state of autocast where it is given.
     """
-    side_dtype = _side_dtype(stack, dtype)
+    side_dtype = side_dtype_of(stack, dtype) if side_dtype is None else side_dtype
     weights = [low.weight for low in stack]
     border = None if adapters is None or room == "none" else adapters.border(stack, dtype, side_dtype)
     wide = border is not None and room == "both"
@@ -118,7 +130,7 @@ def make_plan(
     )
 
 
-def _side_dtype(stack: Stack, dtype: torch.dtype) -> torch.dtype:
+def side_dtype_of(stack: Stack, dtype: torch.dtype) -> torch.dtype:
     """Where PEFT multiplies with the adapter: autocast's dtype where it is on, else the adapter's if that is wider."""
     if torch.is_autocast_enabled(stack[0].weight.device.type) and dtype != torch.float64:
         return dtype

@@ -14,7 +14,7 @@ try:
 except ImportError:  # CPU-only installations may have no Triton
     triton = tl = None
 
-__all__ = ["IMPLS", "Impl", "launch_op", "on_device", "tl", "triton", "use_triton"]
+__all__ = ["IMPLS", "Impl", "define_op", "launch_op", "on_device", "tl", "triton", "use_triton"]
 
 Impl = Literal["auto", "triton", "torch"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "torch")
@@ -59,6 +59,24 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def define_op(
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """A new operator of ``torch.ops.hf_fastpeft``, as ``torch.library`` has it; its gradient where both are given."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"hf_fastpeft::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"hf_fastpeft::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.hf_fastpeft, name).default  # type: ignore[no-any-return]
+
+
 def launch_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that makes a function around one Triton launch an operator of ``torch.ops.hf_fastpeft``.
 
@@ -73,13 +91,9 @@ def launch_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         A decorator. What it returns calls the function directly unless something is tracing: the dispatcher costs
         5.2 us a call (``torch.library.custom_op`` 28.7), the check 0.3 (torch 2.13).
     """
-    name = schema.partition("(")[0]
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"hf_fastpeft::{name}", fake, lib=_LIBRARY)
-        operator = getattr(torch.ops.hf_fastpeft, name).default
+        operator = define_op(schema, launch, fake)
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:

@@ -35,6 +35,8 @@ _warned: set[str] = set()
 
 def read_svd_linear(layer: Any, watch: Watch) -> LowRank | str:
     """The record of PEFT's ``SVDLinear`` in its current state, or the reason why it must run stock."""
+    if torch.compiler.is_compiling():  # a graph would break where the divisor is read from the device
+        return "AdaLoRA inside torch.compile"
     factors = layer.lora_A.__dict__["_parameters"]
     found = read_base(layer, factors, watch)
     if isinstance(found, str):

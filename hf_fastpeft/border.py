@@ -94,7 +94,7 @@ class Border:
         out_features: of the whole stack.
         in_features: of each linear.
         owner: what identifies the adapters that lie in it now; None as long as there are none.
-        side: their layout, a :class:`hf_fastpeft.blocks.adapters.Side`. A call that was planned with another finds its
+        side: their layout, a :class:`hf_fastpeft.blocks.layout.Side`. A call that was planned with another finds its
             adapters overwritten.
     """
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_fastpeft.blocks.adapters import Stack
+from hf_fastpeft.blocks.layout import Stack
 from hf_fastpeft.blocks.projection import Draw, Plan, project
 from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank

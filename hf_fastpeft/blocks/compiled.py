@@ -21,9 +21,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_fastpeft.blocks._function import tokens
-from hf_fastpeft.blocks.adapters import SideCache, Stack, make_bias, make_side, slices
+from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.attention import _AttentionIn, _AttentionOut
 from hf_fastpeft.blocks.attention import _Layout as _AttentionLayout
+from hf_fastpeft.blocks.layout import Stack, make_bias, make_side, slices
 from hf_fastpeft.blocks.mlp import _MLP
 from hf_fastpeft.blocks.mlp import _Layout as _MLPLayout
 from hf_fastpeft.blocks.projection import Plan, make_plan, side_dtype_of

@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from hf_fastpeft.blocks.adapters import Copies, Side, SideCache, Stack, make_bias, make_side, slices
+from hf_fastpeft.blocks.adapters import Copies, SideCache
+from hf_fastpeft.blocks.layout import Side, Stack, make_bias, make_side, slices
 from hf_fastpeft.border import Border
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 from hf_fastpeft.ops._backend import Impl, use_triton

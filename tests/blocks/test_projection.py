@@ -10,7 +10,8 @@ from numerics import FLOAT64_REL, rel_err
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fastpeft.blocks._function import draw_of
-from hf_fastpeft.blocks.adapters import KEPT, SideCache, make_side
+from hf_fastpeft.blocks.adapters import KEPT, SideCache
+from hf_fastpeft.blocks.layout import make_side
 from hf_fastpeft.blocks.projection import Draw, add_weight_grads, make_plan, needs_input, project, project_bwd
 from hf_fastpeft.border import Placement, room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank

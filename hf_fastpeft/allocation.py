@@ -24,7 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fastpeft.errors import AdapterError, DataError
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.patching import stock_forwards
 from hf_fastpeft.rank_budget import ranks_under_budget
 

@@ -27,7 +27,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
 from hf_fastpeft.blocks.projection import Draw
-from hf_fastpeft.layers import COMPILED, FastAttention, FastDecoderLayer, FastModule
+from hf_fastpeft.fast_module import COMPILED, FastModule
+from hf_fastpeft.layers import FastAttention, FastDecoderLayer
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
 from hf_fastpeft.routing import Plan, hooked, notices_rows, plan_route, take
 

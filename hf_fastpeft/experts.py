@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from hf_fastpeft.causal_lm import CausalLMOutputWithLazyLogits, FastCausalLM
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 
 __all__ = ["FastMoeCausalLM", "StockExperts"]
 

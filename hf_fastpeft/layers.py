@@ -2,183 +2,33 @@
 own classes.
 
 A family file combines each with its stock class: ``class FastLlamaMLP(FastMLP, LlamaMLP)``. ``patch_model`` then sets
-``module.__class__`` and gives the module a :class:`Site`; nothing else about the module changes. Every forward asks,
-per call, whether the block can do exactly what the stock modules would do now, and runs the stock forward where it
-cannot. The layer runs its norms and residuals inside the blocks of its attention and MLP; where it is not patched, or
-somebody listens to these modules, each runs its own block.
+``module.__class__`` and gives the module a :class:`~hf_fastpeft.fast_module.Site`; nothing else about the module
+changes. Every forward asks, per call, whether the block can do exactly what the stock modules would do now, and runs
+the stock forward where it cannot. The layer runs its norms and residuals inside the blocks of its attention and MLP;
+where it is not patched, or somebody listens to these modules, each runs its own block.
 """
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib import import_module
 from inspect import signature
 from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fastpeft.blocks import attention_in, attention_out, compiled, mlp
-from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
+from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.lowrank import intercepted, is_plain, read
-from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm
-from hf_fastpeft.routing import Route, Routing
-from hf_fastpeft.watch import Glance, Watch
+from hf_fastpeft.routing import Route
+from hf_fastpeft.watch import Watch
 
-__all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastModule", "FastRMSNorm", "Site"]
+__all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastRMSNorm"]
 
-INFERENCE = "inference (stock numerics and caches)"
-COMPILED = "inside torch.compile"
 DROPPED = "dropout inside torch.compile"
-EXPORTED = "inside torch.export"
-REPLICA = "a replica of DataParallel"
-TRANSFORMED = "torch.func or forward-mode differentiation"
-
-
-class Readings(dict[str, tuple[Watch, tuple[Bundle, ...]]]):
-    """Of each block of a module what was read last, and the watch over it; a copy of the module starts without."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Readings":
-        return Readings()
-
-    def __reduce__(self) -> tuple[type["Readings"], tuple[()]]:
-        return Readings, ()
-
-
-@dataclass(slots=True)
-class Site:
-    """What a patched module remembers: its options and what happened to each of its blocks so far.
-
-    A call inside a compiled graph counts once, when it is traced: a counter in traced code would be guarded on.
-    """
-
-    impl: Impl
-    adapters: SideCache = field(default_factory=SideCache)  # these two are one for all sites of a model
-    routing: Routing = field(default_factory=Routing)
-    readings: Readings = field(default_factory=Readings)
-    fused: Counter[str] = field(default_factory=Counter)
-    stock: Counter[tuple[str, str]] = field(default_factory=Counter)  # (block, reason) -> calls
-
-    def fuse(self, block: str) -> None:
-        """Count one fused call of ``block``."""
-        if torch.compiler.is_compiling():
-            self._fuse_traced(block)
-        else:
-            self.fused[block] += 1
-
-    def fall_back(self, block: str, reason: str) -> None:
-        """Count one call of ``block`` that ran stock."""
-        if torch.compiler.is_compiling():
-            self._fall_back_traced(block, reason)
-        else:
-            self.stock[block, reason] += 1
-
-    @torch.compiler.assume_constant_result
-    def _fuse_traced(self, block: str) -> None:
-        self.fused[block] += 1
-
-    @torch.compiler.assume_constant_result
-    def _fall_back_traced(self, block: str, reason: str) -> None:
-        self.stock[block, reason] += 1
-
-
-def _new_instance(module: str, name: str) -> "FastModule":
-    cls = getattr(import_module(module), name)
-    instance = cls.__new__(cls)
-    assert isinstance(instance, FastModule)
-    return instance
-
-
-class FastModule(nn.Module):
-    """Base of the mixins. Subclasses name the blocks they can fuse and say, for each, what stands in the way now."""
-
-    _fastpeft: Site
-    _importable: ClassVar[tuple[str, str]]
-    blocks: ClassVar[tuple[str, ...]] = ()
-    # the kernels hub re-patches modules whose class inherits a layer name; our forward is the one that was asked for
-    kernel_condition = staticmethod(lambda module: False)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A family's class carries the stock names and module: transformers and FSDP choose layers by them, PEFT
-        writes them into the adapter's config."""
-        super().__init_subclass__(**kwargs)
-        stock = cls.stock_class()
-        if stock in cls.__bases__:  # not for classes that FSDP or a parametrization derive from ours
-            cls._importable = (cls.__module__, cls.__qualname__)
-            cls.__name__, cls.__qualname__, cls.__module__ = stock.__name__, stock.__qualname__, stock.__module__
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled and copied by where the class really is."""
-        state = getattr(self, "__getstate__", self.__dict__.copy)  # Python 3.10 has no default __getstate__
-        return _new_instance, self._importable, state()
-
-    @classmethod
-    def stock_class(cls) -> type[nn.Module] | None:
-        """The Hugging Face class under the mixin, or None for the mixin itself."""
-        below = [base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, FastModule)]
-        return below[0] if below and below[0] is not nn.Module else None
-
-    @classmethod
-    def tolerates(cls, forward: Any) -> bool:
-        """Whether a module with this foreign instance ``forward`` can be patched all the same."""
-        return False
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Before the linears' turn: savers want contiguous weights in memory of their own."""
-        self._fastpeft.readings.clear()
-        self._fastpeft.adapters.release(self, getattr(self, "linears", {}).values())
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Moves and casts: nothing of the old memory is to be kept."""
-        self._fastpeft.readings.clear()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def obstacle(self, block: str) -> str | None:
-        """Why ``block`` would run stock in the adapters' and dropouts' present state; None if it would be fused."""
-        found = self._read(block, Watch())
-        return found if isinstance(found, str) else None
-
-    def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
-        """The stacks of linears that ``block`` multiplies with, or why it must run stock."""
-        raise NotImplementedError
-
-    def _bundles(self, block: str) -> tuple[Bundle, ...] | str:
-        """:meth:`_read`, again only after something that it looked at has changed."""
-        if torch.compiler.is_compiling():
-            return self._read(block, Glance())
-        readings = self._fastpeft.readings
-        known = readings.get(block)
-        if known is not None and known[0].same():
-            return known[1]
-        watch = Watch()
-        found = self._read(block, watch)
-        if isinstance(found, str) or watch.volatile:
-            readings.pop(block, None)
-        else:
-            readings[block] = watch, found
-        return found
-
-    def _may_fuse(self) -> str | None:
-        """What rules out every block of this call, before any layer is read."""
-        if torch.compiler.is_exporting():
-            return EXPORTED
-        if "_is_replica" in self.__dict__:
-            return REPLICA
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return TRANSFORMED
-        if _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return "global module hooks"
-        if not torch.is_grad_enabled() and not self.training:
-            return INFERENCE
-        return None
 
 
 def _read_stack(owner: nn.Module, names: tuple[str, ...], watch: Watch) -> Bundle | str:

@@ -19,7 +19,8 @@ from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.border import Placement, tied_weights
 from hf_fastpeft.causal_lm import FastCausalLM
 from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
-from hf_fastpeft.layers import FastDecoderLayer, FastModule, Site
+from hf_fastpeft.fast_module import FastModule, Site
+from hf_fastpeft.layers import FastDecoderLayer
 from hf_fastpeft.ops._backend import IMPLS, Impl, use_triton
 from hf_fastpeft.routing import Routing
 from hf_fastpeft.stacking import weights_of

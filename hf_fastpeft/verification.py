@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.patching import patch_model, stock_forwards
 
 __all__ = ["Comparison", "Verification", "verify"]

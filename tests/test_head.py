@@ -24,7 +24,7 @@ from transformers.utils.generic import find_labels
 from hf_fastpeft import causal_lm, patch_model
 from hf_fastpeft.blocks import lm_head
 from hf_fastpeft.causal_lm import FastCausalLM, LazyLogits
-from hf_fastpeft.layers import Site
+from hf_fastpeft.fast_module import Site
 
 BATCH = token_batch()
 LABELS = BATCH["labels"]

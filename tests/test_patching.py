@@ -12,7 +12,7 @@ from tiny import tiny_llama
 
 from hf_fastpeft import patch_model
 from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 
 BATCH = token_batch()
 LINEAR_BLOCKS = ("attention_in", "attention_out", "mlp")

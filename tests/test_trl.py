@@ -8,7 +8,7 @@ from tiny import tiny_dataset, tiny_llama, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_fastpeft import FastPeftCallback, SoraCallback, SoraConfig, patch_model
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SoRA. gates are not being pruned"),

@@ -10,7 +10,7 @@ from tiny import tiny_llama
 
 from hf_fastpeft import patch_model, verify
 from hf_fastpeft.blocks import projection
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 
 BATCH = token_batch()

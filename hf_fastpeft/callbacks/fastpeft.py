@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fastpeft.errors import NothingToPatchError
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.patching import Patched, patch_model
 

@@ -5,7 +5,7 @@ from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from hf_fastpeft import FastPeftCallback
-from hf_fastpeft.layers import FastModule
+from hf_fastpeft.fast_module import FastModule
 
 ROWS = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
 

@@ -38,6 +38,7 @@ PRODUCTS = {
     "aten.addmm_",
     "aten.bmm",
     "aten.baddbmm",
+    "aten.baddbmm_",
     "aten._addmm_activation",
     "hf_fastpeft.mm_wide",
 }

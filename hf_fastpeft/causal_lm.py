@@ -387,6 +387,8 @@ def _route_obstacle(model: "FastCausalLM", backbone: nn.Module) -> str | None:
             return f"{type(layer.self_attn).__name__} is not patched"
         if layer.training != model.training or layer.self_attn.training != model.training:
             return "some layers train, others do not"
+    if len({id(layer.self_attn) for layer in layers}) < len(layers):
+        return "a layer occurs twice"
     if getattr(model.config, "router_jitter_noise", 0):
         return "router jitter"
     return hooked(backbone) or notices_rows(layers) or notices_rows(getattr(backbone, "norm", None))

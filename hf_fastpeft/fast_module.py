@@ -25,8 +25,9 @@ REPLICA = "a replica of DataParallel"
 TRANSFORMED = "torch.func or forward-mode differentiation"
 
 
-class Readings(dict[str, tuple[Watch, tuple[Bundle, ...]]]):
-    """Of each block of a module what was read last, and the watch over it; a copy of the module starts without."""
+class Readings(dict[str, tuple[dict[str, Any], Watch, tuple[Bundle, ...]]]):
+    """Of each block of a module: the module's children, by whose dictionary it is known from a shallow copy, the watch
+    over what was read last, and that. A deep copy of the module starts without."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Readings":
         return Readings()
@@ -58,6 +59,8 @@ class Site:
 
     def fall_back(self, block: str, reason: str) -> None:
         """Count one call of ``block`` that ran stock."""
+        if reason is INFERENCE:  # the model may not be trained any more: keep none of it alive
+            self.readings.clear()
         if torch.compiler.is_compiling():
             self._fall_back_traced(block, reason)
         else:
@@ -130,7 +133,10 @@ class FastModule(nn.Module):
         return found if isinstance(found, str) else None
 
     def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
-        """The stacks of linears that ``block`` multiplies with, or why it must run stock."""
+        """The stacks of linears that ``block`` multiplies with, or why it must run stock.
+
+        This module's own dictionary is not for the watch, which it keeps: that would be a cycle.
+        """
         raise NotImplementedError
 
     def _bundles(self, block: str) -> tuple[Bundle, ...] | str:
@@ -139,14 +145,14 @@ class FastModule(nn.Module):
             return self._read(block, Glance())
         readings = self._fastpeft.readings
         known = readings.get(block)
-        if known is not None and known[0].same():
-            return known[1]
+        if known is not None and known[0] is self.__dict__["_modules"] and known[1].same():
+            return known[2]
         watch = Watch()
         found = self._read(block, watch)
         if isinstance(found, str) or watch.volatile:
             readings.pop(block, None)
         else:
-            readings[block] = watch, found
+            readings[block] = self.__dict__["_modules"], watch, found
         return found
 
     def _may_fuse(self) -> str | None:

@@ -34,7 +34,7 @@ DROPPED = "dropout inside torch.compile"
 def _read_stack(owner: nn.Module, names: tuple[str, ...], watch: Watch) -> Bundle | str:
     records = []
     for name in names:
-        record = read(watch.child(owner, name), watch)
+        record = read(watch.item(owner.__dict__["_modules"], name), watch)
         if isinstance(record, str):
             return f"{name}: {record}"
         records.append(record)
@@ -105,7 +105,7 @@ class FastMLP(FastModule):
 
     def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
         act = self._activation()
-        watch.child(self, self.activation_name)
+        watch.item(self.__dict__["_modules"], self.activation_name)
         if watch.kind(act).__name__ not in self.activations:
             return f"activation {type(act).__name__}"
         if reason := intercepted(act, watch):
@@ -179,7 +179,7 @@ class FastAttention(FastModule):
 
     def _qk_obstacle(self, watch: Watch) -> str | None:
         for name in self.qk_norms or ():
-            norm = watch.child(self, name)
+            norm = watch.item(self.__dict__["_modules"], name)
             watch.kind(norm)
             if not isinstance(norm, FastRMSNorm):
                 return f"{name} is {type(norm).__name__}"
@@ -361,6 +361,8 @@ class FastDecoderLayer(FastModule):
             assert fastpeft_route is None
             kwargs["position_embeddings"] = position_embeddings
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        if self._forward_pre_hooks or self._forward_hooks:
+            self._fastpeft.adapters.distrust()
         h = hidden_states if fastpeft_route is None else fastpeft_route.enter(hidden_states)
         h = self._attend(h, fastpeft_route, position_embeddings=position_embeddings, **kwargs)
         return self._feed_forward(h)

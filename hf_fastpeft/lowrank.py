@@ -99,7 +99,7 @@ def read(module: nn.Module, watch: Watch | None = None) -> LowRank | str:
     if not isinstance(record, str):
         for tensor in record.tensors:
             if tensor is not None:
-                watch.data(tensor)
+                watch.data(tensor, rows=tensor is record.weight)
     return record
 
 
@@ -107,9 +107,8 @@ def intercepted(module: nn.Module, watch: Watch | None = None) -> str | None:
     """Why bypassing ``module.forward`` would skip somebody else's code, or None. Global hooks are the caller's."""
     state = module.__dict__
     if watch is not None:
-        watch.attribute(module, "forward")
-        for name in HOOKS:
-            watch.is_empty(state[name])
+        for name in ("forward", *HOOKS):
+            watch.is_set(module, name)
     if "forward" in state:
         return f"{type(module).__name__} has a forward of its own (hook or foreign patch)"
     if (
@@ -163,16 +162,15 @@ class Active(NamedTuple):
     dropout: float
 
 
-def read_base(layer: Any, factors: dict[str, Any], watch: Watch) -> tuple[LowRank, Active | None] | str:
+def read_base(layer: Any, watch: Watch, factors: str = "_modules") -> tuple[LowRank, Active | None] | str:
     """Of a PEFT layer over a plain linear: that linear's record, and the adapter to add if there is any.
 
     Args:
         layer: a PEFT ``LoraLayer``.
-        factors: name of each adapter -> its A.
         watch: what looks.
+        factors: where ``lora_A`` has what it has of each adapter, ``"_modules"`` or ``"_parameters"``.
     """
-    watch.attribute(layer, "merged_adapters")
-    if not watch.is_empty(layer.merged_adapters):
+    if watch.is_set(layer, "merged_adapters"):
         return "adapter merged"
     if reason := intercepted(layer, watch):
         return reason
@@ -192,13 +190,14 @@ def read_base(layer: Any, factors: dict[str, Any], watch: Watch) -> tuple[LowRan
     names = watch.attribute(layer, "_active_adapter")
     if isinstance(names, list):
         watch.contents(names)
-    active = [name for name in layer.active_adapters if watch.item(factors, name) is not None]
+    lora_A = watch.child(layer, "lora_A")
+    active = [name for name in layer.active_adapters if watch.entry(lora_A, factors, name) is not None]
     if not active:
         return plain, None
     if len(active) > 1:
         return f"{len(active)} active adapters"
     (name,) = active
-    dropout = watch.child(layer.lora_dropout, name)
+    dropout = watch.child(watch.child(layer, "lora_dropout"), name)
     if watch.kind(dropout) not in (nn.Identity, nn.Dropout):
         return f"lora_dropout is {type(dropout).__name__}"
     if reason := intercepted(dropout, watch):
@@ -215,18 +214,18 @@ def read_lora_layer(layer: Any, watch: Watch, factor_class: type[nn.Module] = nn
         watch: what looks.
         factor_class: exact class that ``lora_A``'s entry must have; ``lora_B``'s is ``nn.Linear``.
     """
-    factors = layer.lora_A.__dict__["_modules"]
-    found = read_base(layer, factors, watch)
+    found = read_base(layer, watch)
     if isinstance(found, str):
         return found
     plain, active = found
     if active is None:
         return plain
     name = active.name
-    variant = watch.item(layer.lora_variant, name)
+    variant = watch.entry(layer, "lora_variant", name)
     if variant is not None:
         return f"LoRA variant {type(variant).__name__}"
-    A, B, scaling = factors[name], watch.child(layer.lora_B, name), watch.item(layer.scaling, name)
+    A, B = (watch.child(watch.child(layer, factors), name) for factors in ("lora_A", "lora_B"))
+    scaling = watch.entry(layer, "scaling", name)
     if watch.kind(A) is not factor_class or watch.kind(B) is not nn.Linear:
         return f"lora_A is {type(A).__name__}, lora_B is {type(B).__name__}"
     if reason := intercepted(A, watch) or intercepted(B, watch):

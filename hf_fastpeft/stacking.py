@@ -18,6 +18,7 @@ __all__ = [
     "is_sharded",
     "owns_storage",
     "several_processes",
+    "span",
     "stack_weights",
     "unstack_weights",
     "weights_of",
@@ -117,5 +118,11 @@ def adjacent(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
         if not behind or weight.stride() != stride or weight.dtype != first.dtype:
             return None
         end += weight.shape[0] * stride[0]
+    return span(weights)
+
+
+def span(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The view ``(O, I)`` over weights that are known to be :func:`adjacent`."""
+    first = weights[0]
     rows = sum(weight.shape[0] for weight in weights)
-    return first.detach().as_strided((rows, first.shape[1]), stride)
+    return first.detach().as_strided((rows, first.shape[1]), first.stride())

@@ -4,13 +4,13 @@ A cache with a list of its own of what invalidates it forgets something sooner o
 watch, so that it holds exactly what they looked at.
 """
 
-from collections.abc import Sized
 from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["Glance", "Watch"]
 
@@ -22,20 +22,8 @@ class Watch:
         volatile: what was read depends on something that is not watched; :meth:`same` is then False.
     """
 
-    __slots__ = (
-        "_copies",
-        "_data",
-        "_empty",
-        "_held",
-        "_keys",
-        "_kinds",
-        "_lists",
-        "_mappings",
-        "_objects",
-        "_values",
-        "_versions",
-        "volatile",
-    )
+    __slots__ = ("_copies", "_data", "_false", "_keys", "_kinds", "_lists", "_mappings", "_names", "_objects",
+                 "_rows", "_seen", "_states", "_values", "_versions", "volatile")  # fmt: skip
 
     def __init__(self) -> None:
         self.volatile = False
@@ -45,15 +33,17 @@ class Watch:
         self._values: list[Any] = []
         self._objects: list[object] = []
         self._kinds: list[type] = []
-        self._empty: list[Sized] = []
+        self._states: list[dict[str, Any]] = []
+        self._names: list[str] = []
         self._lists: list[list[Any]] = []
         self._copies: list[list[Any]] = []
         self._versions: list[tuple[torch.Tensor, int]] = []
-        self._data: list[tuple[torch.Tensor, int, bool]] = []
-        self._held: list[torch.Tensor] = []
+        self._data: list[tuple[torch.Tensor, int, bool, StorageWeakRef]] = []
+        self._rows: list[tuple[torch.Tensor, torch.Size, tuple[int, ...]]] = []
+        self._seen: set[tuple[int, str]] = set()
 
     def item(self, mapping: dict[Any, Any], key: Any) -> Any:
-        """``mapping[key]``, None where there is none; watched is which object it is."""
+        """``mapping[key]``, or None; that it is this dictionary is for the caller to watch."""
         value = mapping.get(key)
         self._mappings.append(mapping)
         self._keys.append(key)
@@ -61,16 +51,24 @@ class Watch:
         return value
 
     def attribute(self, module: nn.Module, name: str) -> Any:
-        """An attribute in the module's own dictionary: a flag or a plain object, no parameter or child."""
+        """An attribute in the module's own dictionary, None where there is none; watched is which object it is."""
         return self.item(module.__dict__, name)
+
+    def entry(self, module: nn.Module, name: str, key: Any) -> Any:
+        """``module.name[key]`` of a dictionary among the module's own attributes, or None."""
+        place = id(module), name
+        if place not in self._seen:
+            self._seen.add(place)
+            self.attribute(module, name)
+        return self.item(module.__dict__[name], key)
 
     def child(self, module: nn.Module, name: str) -> Any:
         """A child module, or None."""
-        return self.item(module.__dict__["_modules"], name)
+        return self.entry(module, "_modules", name)
 
     def parameter(self, module: nn.Module, name: str) -> Any:
         """A parameter, or None; for where its memory lies see :meth:`data`."""
-        return self.item(module.__dict__["_parameters"], name)
+        return self.entry(module, "_parameters", name)
 
     def kind(self, module: nn.Module) -> type:
         """Exact type; others change it in place (``fully_shard``, parametrizations, ``patch_model``)."""
@@ -85,13 +83,14 @@ class Watch:
         self._copies.append(list(values))
         return values
 
-    def is_empty(self, container: Sized) -> bool:
-        """Whether a container is empty; watched where it is."""
-        if len(container):
+    def is_set(self, module: nn.Module, name: str) -> bool:
+        """Whether an attribute is anything else than absent, None, False or an empty container; watched where not."""
+        if module.__dict__.get(name):
             self.volatile = True
-            return False
-        self._empty.append(container)
-        return True
+            return True
+        self._states.append(module.__dict__)
+        self._names.append(name)
+        return False
 
     def version(self, tensor: torch.Tensor) -> int | None:
         """The version that writes in place raise; None for tensors made in inference mode, which have none."""
@@ -101,24 +100,35 @@ class Watch:
         self._versions.append((tensor, tensor._version))
         return tensor._version
 
-    def data(self, tensor: torch.Tensor) -> None:
-        """Watch where a tensor's memory lies (and with it dtype and shape), and whether it wants a gradient."""
-        if isinstance(tensor, FakeTensor):  # has no memory
+    def data(self, tensor: torch.Tensor, *, rows: bool = False) -> None:
+        """Watch where a tensor's memory lies, whether it wants a gradient and, with ``rows``, shape and strides.
+
+        The memory itself is not kept alive. What is computed anew for every call is not worth watching.
+        """
+        if isinstance(tensor, FakeTensor) or tensor.grad_fn is not None:
             self.volatile = True
             return
-        self._data.append((tensor, tensor.data_ptr(), tensor.requires_grad))
-        self._held.append(tensor.detach())  # while this lives, nothing else can come to lie there
+        place = tensor.data_ptr(), tensor.requires_grad, StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._data.append((tensor, *place))
+        if rows:
+            self._rows.append((tensor, tensor.shape, tensor.stride()))
 
     def same(self) -> bool:
         """Whether all that was looked at is as it was."""
-        if self.volatile or any(self._empty) or self._lists != self._copies:
+        if self.volatile or any(map(dict.get, self._states, self._names)) or self._lists != self._copies:
             return False
         if not all(map(is_, map(dict.get, self._mappings, self._keys), self._values)):
             return False
         if not all(map(is_, map(type, self._objects), self._kinds)):
             return False
-        for tensor, place, wants_grad in self._data:
+        for tensor, place, wants_grad, storage in self._data:
+            # other memory can come to lie in the same place only after the old has gone
             if tensor.data_ptr() != place or tensor.requires_grad is not wants_grad:
+                return False
+            if storage.expired():  # type: ignore[no-untyped-call]
+                return False
+        for tensor, shape, stride in self._rows:
+            if tensor.shape != shape or tensor.stride() != stride:
                 return False
         return all(tensor._version == version for tensor, version in self._versions)
 
@@ -134,17 +144,23 @@ class Glance(Watch):
     def item(self, mapping: dict[Any, Any], key: Any) -> Any:
         return mapping.get(key)
 
+    def attribute(self, module: nn.Module, name: str) -> Any:
+        return module.__dict__.get(name)
+
+    def entry(self, module: nn.Module, name: str, key: Any) -> Any:
+        return module.__dict__[name].get(key)
+
     def kind(self, module: nn.Module) -> type:
         return type(module)
 
     def contents(self, values: list[Any]) -> list[Any]:
         return values
 
-    def is_empty(self, container: Sized) -> bool:
-        return not len(container)
+    def is_set(self, module: nn.Module, name: str) -> bool:
+        return bool(module.__dict__.get(name))
 
     def version(self, tensor: torch.Tensor) -> int | None:
         return None
 
-    def data(self, tensor: torch.Tensor) -> None:
+    def data(self, tensor: torch.Tensor, *, rows: bool = False) -> None:
         pass

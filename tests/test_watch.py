@@ -236,7 +236,7 @@ def test_readings_keep_no_memory_alive():
         model.double()
         assert all(place.expired() for place in places)
         step(model, BATCH)
-        laid_out = layers_of(model)[0]._fastpeft.readings["attention_in"][1][0]._planned[1].side
+        laid_out = layers_of(model)[0]._fastpeft.readings["attention_in"][2][0]._planned[1].side
         places = [StorageWeakRef(t.untyped_storage()) for t in (*weights, laid_out.A_RI, laid_out.B_OR)]
         del weights, laid_out, model
         assert all(place.expired() for place in places)

@@ -6,6 +6,7 @@ bump. Within a forward and its backward, recomputation included, copies are shar
 fresh ones.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,8 +78,10 @@ class SideCache:
     def __init__(self, placement: Placement | None = None) -> None:
         self.forwards = 0
         self.placement = placement
-        self._inside = self._bare = False
+        self._thread = threading.local()  # .inside: a forward of the model runs in this thread
+        self._bare = False
         self._whole = True  # in the last forward: no parameter was sharded away
+        self._hooked = False  # in it: :meth:`distrust`
         self._sides: dict[tuple[object, ...], Copy[Side]] = {}
         self._biases: dict[tuple[object, ...], Copy[torch.Tensor]] = {}
         self._fill: Fill | None = None  # of all sides; None since they are others
@@ -96,17 +99,25 @@ class SideCache:
     @contextmanager
     def forward(self, model: nn.Module | None = None) -> Iterator[None]:
         """Around a forward of ``model``: what was copied before is old inside."""
-        outer, self._inside = self._inside, True
+        outer, self._thread.inside = self._inside, True
         if not outer:
             self.forwards += 1
             self._whole = model is None or not is_sharded(model)
-            if not self._whole:  # FSDP 1 has new tensors in every forward, and nobody refreshes all copies
-                self._prune()
-        self._bare = False
+            if not self._whole or self._fill is None or self.forwards % KEPT == 0:
+                self._prune()  # where nothing is ever refreshed: new tensors in every forward, or no training
+        self._bare = self._hooked = False
         try:
             yield
         finally:
-            self._inside = outer
+            self._thread.inside = outer
+
+    @property
+    def _inside(self) -> bool:
+        return getattr(self._thread, "inside", False)
+
+    def distrust(self) -> None:
+        """Somebody's code runs in the midst of this forward and may write to adapters: copies are made at each use."""
+        self._hooked = True
 
     def _shares(self) -> bool:
         """Whether what was laid out in this forward is what a block is to multiply with now.
@@ -164,7 +175,8 @@ class SideCache:
 
         Third come the copies among them, for :meth:`renew`; None where they are for this call alone.
         """
-        if not self._shares():
+        computed = any(t is not None and t.grad_fn is not None for low in stack for t in low.tensors[1:])
+        if computed or not self._shares():  # computed anew for each call, and with a graph behind it
             return make_side(stack, side_dtype), make_bias(stack, dtype, zeros), None
         side = self._side(stack, side_dtype, border)
         bias = self._bias(stack, dtype, zeros)
@@ -197,8 +209,8 @@ class SideCache:
         if key not in self._sides:
             side = make_side(stack, dtype, border)
             assert side is not None
-            self._sides[key] = self._copy(side, stack)
             self._fill = None
+            self._sides[key] = self._copy(side, stack)
         return self._sides[key]
 
     def _bias(self, stack: Stack, dtype: torch.dtype, zeros: int) -> Copy[torch.Tensor] | torch.Tensor | None:
@@ -210,18 +222,20 @@ class SideCache:
         if key not in self._biases:
             bias_O = make_bias(stack, dtype, zeros)
             assert bias_O is not None
+            self._fill = None
             self._biases[key] = self._copy(bias_O, stack)
         return self._biases[key]
 
     def _copy(self, laid_out: T, stack: Stack) -> Copy[T]:
-        records = tuple(stack)  # a Bundle that keeps its plan would be kept by it, in a cycle
+        # no Bundle, which keeps its plan and with it this copy, and no weight: it may be replaced and is to go then
+        records = tuple(low._replace(weight=low.weight.detach().to("meta")) for low in stack)
         return Copy(laid_out, records, _shapes(stack), self.forwards, self.forwards)
 
     def _freshen(self, copy: Copy[Any]) -> None:
         copy.used = self.forwards
-        if copy.filled == self.forwards:
+        if copy.filled == self.forwards and not self._hooked:
             return
-        if self._whole:
+        if self._whole and not self._hooked:
             self._refresh()
         else:
             self._fill_one(copy)  # other layers' parameters may be sharded away at this moment

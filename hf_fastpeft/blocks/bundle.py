@@ -9,6 +9,7 @@ from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.projection import Plan, Room, make_plan
 from hf_fastpeft.lowrank import LowRank, compute_dtype
 from hf_fastpeft.ops._backend import Impl
+from hf_fastpeft.stacking import span
 
 __all__ = ["Bundle"]
 
@@ -18,33 +19,42 @@ class Bundle(tuple[LowRank, ...]):
 
     Attributes:
         flat: their tensors, as a Function takes them.
+        weights: of each of them.
     """
 
     flat: tuple[torch.Tensor | None, ...]
-    _weights: list[torch.Tensor]
-    _planned: tuple[Any, Plan] | None
+    weights: tuple[torch.Tensor, ...]
+    _dtypes: list[torch.Tensor]  # a weight of each dtype
+    _planned: tuple[Any, Plan, bool] | None  # what was asked, the plan, whether its weight is a view over all
 
     def __new__(cls, stack: Iterable[LowRank]) -> "Bundle":
         bundle = super().__new__(cls, stack)
         bundle.flat = tuple(tensor for low in bundle for tensor in low.tensors)
-        bundle._weights = list({low.weight.dtype: low.weight for low in bundle}.values())
+        bundle.weights = tuple(low.weight for low in bundle)
+        bundle._dtypes = list({weight.dtype: weight for weight in bundle.weights}.values())
         bundle._planned = None
         return bundle
 
     def dtype_for(self, x: torch.Tensor) -> torch.dtype | None:
         """The dtype stock would multiply ``x`` with these weights in; None where there is no such one."""
-        found = {compute_dtype(x, weight) for weight in self._weights}
+        found = {compute_dtype(x, weight) for weight in self._dtypes}
         return found.pop() if len(found) == 1 else None
 
     def plan(self, dtype: torch.dtype, impl: Impl, x: torch.Tensor, adapters: SideCache | None, room: Room) -> Plan:
         """The plan of a call on ``x``: that of the last call, its copies renewed, where it would come out the same."""
         asked = dtype, impl, x.dtype, x.device, room, torch.is_autocast_enabled(x.device.type)
         if self._planned is not None and adapters is not None:
-            before, plan = self._planned
+            before, plan, stacked = self._planned
             if before == asked and adapters.renew(plan.copies, plan.side, plan.border):
-                return plan
+                return plan._replace(weight=span(self.weights)) if stacked else plan
         plan = make_plan(self, dtype, impl, x, adapters, room)
         # a stack that might yet get its border asks again
         settled = adapters is None or plan.border is not None or room == "none" or not adapters.borders
-        self._planned = (asked, plan) if settled and plan.copies is not None else None
+        if not settled or plan.copies is None:
+            self._planned = None
+        elif len(self) > 1 and plan.weight is not None and plan.border is None:
+            # a view would keep the weights' memory after they were moved
+            self._planned = asked, plan._replace(weight=None), True
+        else:
+            self._planned = asked, plan, False
         return plan

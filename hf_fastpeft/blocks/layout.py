@@ -121,7 +121,14 @@ class Fill:
                     ("B", _Write(side.B_OR[rows, ranks], low.B, factor)),
                 ):
                     groups[which, i, write.group].append(write)
-        self._batches = [batch for writes in groups.values() for batch in _batches(writes)]
+        self._apart: dict[bool, list[_Write]] = {True: [], False: []}  # products a border keeps apart; by gates or not
+        self._batches: list[_Batch] = []
+        for writes in groups.values():
+            batch = _batch(writes)
+            if batch is None:
+                self._apart[isinstance(writes[0].factor, torch.Tensor)] += writes
+            else:
+                self._batches.append(batch)
         # apart, since strides that differ would send a whole list down torch's path of one launch a tensor
         self._alike: _Lists = [], []
         self._other: _Lists = [], []
@@ -140,6 +147,10 @@ class Fill:
         for slots, values in (self._alike, self._other):
             if slots:
                 torch._foreach_copy_(slots, values)
+        for writes in self._apart.values():
+            if writes:
+                slots, values, factors = (list(column) for column in zip(*writes, strict=True))
+                torch._foreach_copy_(slots, torch._foreach_mul(values, factors))
         for batch in self._batches:
             batch.finish()
 
@@ -186,24 +197,22 @@ class _Batch:
             torch.mul(self.source, self.factor, out=self.blocks)
 
 
-def _batches(writes: list[_Write]) -> list[_Batch]:
-    """The writes of one group as one batch where their slots are evenly spaced, else one by one."""
+def _batch(writes: list[_Write]) -> _Batch | None:
+    """The writes of one group; None where they are products into slots that do not lie evenly."""
     first = writes[0]
-    slots = [write.slot for write in writes]
-    if first.factor is None and first.slot.is_contiguous():
-        return [_Batch([(write.slot, write.value) for write in writes])]
-    blocks = _evenly_spaced(slots)
+    values = [write.value for write in writes]
+    blocks = None
+    if first.factor is not None or not first.slot.is_contiguous():
+        blocks = _evenly_spaced([write.slot for write in writes])
     if blocks is None:
-        return [
-            _Batch([(slot, value)]) if factor is None else _Batch([], value, factor, slot)
-            for slot, value, factor in writes
-        ]
+        copies = [(write.slot, write.value) for write in writes]
+        return _Batch(copies) if first.factor is None else None
     dtype = (first.slot if first.factor is None else first.value).dtype
     source = torch.empty(blocks.shape, dtype=dtype, device=blocks.device)
     factor = first.factor
     if isinstance(factor, torch.Tensor):
         factor = _evenly_spaced([write.factor for write in writes if isinstance(write.factor, torch.Tensor)])
-    return [_Batch(list(zip(source, [write.value for write in writes], strict=True)), source, factor, blocks)]
+    return _Batch(list(zip(source, values, strict=True)), source, factor, blocks)
 
 
 def _evenly_spaced(parts: list[torch.Tensor]) -> torch.Tensor | None:
@@ -226,8 +235,9 @@ def line_up(sides: Iterable[Side]) -> None:
         for name in ("A_RI", "B_OR") if alike[0].gate_R is None else ("A_RI", "B_OR", "gate_R"):
             parts = [getattr(side, name) for side in alike]
             if len(parts) > 1:
-                for part, place in zip(parts, torch.stack(parts), strict=True):
-                    part.data = place
+                memory = parts[0].new_empty((len(parts), *parts[0].shape))  # stack() would ask autocast
+                for part, place in zip(parts, memory, strict=True):
+                    part.data = place.copy_(part)
 
 
 def make_bias(stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:

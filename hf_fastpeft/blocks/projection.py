@@ -431,12 +431,13 @@ def _add_gate_grads(grads: Grads, G_RI: torch.Tensor, stack: Stack, plan: Plan, 
     if not any(needs[4::TENSORS_PER_LINEAR]):
         return
     factors = [low.A for low in stack if low.A is not None]
-    A_RI = (factors[0] if len(factors) == 1 else torch.cat(factors)).to(G_RI.dtype)
+    factors = [A.to(G_RI.dtype) for A in factors]  # before cat(), which refuses the other half under autocast
+    A_RI = factors[0] if len(factors) == 1 else torch.cat(factors)
     scales = {low.gate_scale for low in stack if low.gate is not None}
     alpha = scales.pop() if len(scales) == 1 else 1.0
-    # beta=0 ignores what the fresh element holds, NaN included
-    products_R11 = torch.baddbmm(G_RI.new_empty(1), A_RI.unsqueeze(1), G_RI.unsqueeze(2), beta=0, alpha=alpha)
-    d_gates_R = products_R11.flatten()
+    # beta=0 ignores what the fresh elements hold, NaN included; written in place, as autocast would round the factors
+    products_R11 = G_RI.new_empty(G_RI.shape[0], 1, 1)
+    d_gates_R = products_R11.baddbmm_(A_RI.unsqueeze(1), G_RI.unsqueeze(2), beta=0, alpha=alpha).flatten()
     for i, (low, (_, ranks)) in enumerate(zip(stack, plan.where, strict=True)):
         at = i * TENSORS_PER_LINEAR + 4
         if needs[at] and low.gate is not None:

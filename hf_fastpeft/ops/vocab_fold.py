@@ -81,8 +81,9 @@ def fold_torch(
     chunk_max_N, chunk_argmax_N = z_NC.max(1)
     stats.argmax.copy_(torch.where(chunk_max_N > stats.maximum, chunk_argmax_N + start, stats.argmax))
     new_max_N = torch.maximum(stats.maximum, chunk_max_N)
-    rescale_N = torch.exp(stats.maximum - new_max_N)
-    e_NC = (z_NC - new_max_N.unsqueeze(1)).exp_()
+    finite_N = torch.where(new_max_N == -torch.inf, 0.0, new_max_N)  # a tile of nothing but -inf counts nothing
+    rescale_N = torch.exp(stats.maximum - finite_N)
+    e_NC = (z_NC - finite_N.unsqueeze(1)).exp_()
     stats.maximum.copy_(new_max_N)
     stats.weighted.mul_(rescale_N).add_((e_NC * z_NC).sum(1))
     stats.squares.mul_(rescale_N.square()).add_(torch.linalg.vector_norm(e_NC, dim=1).square_())
@@ -121,7 +122,8 @@ if triton is not None:
             top_at = tl.min(tl.where(x == top, cols, C), axis=0) + start  # the first, as argmax has it
             best_at = tl.where(top > best, top_at.to(tl.int64), best_at)
             best = tl.maximum(best, top)
-        r = tl.exp(old_max - best)
+        base = tl.where(best == float("-inf"), 0.0, best)  # nothing but -inf counts nothing
+        r = tl.exp(old_max - base)
         s = tl.load(rest + row) * r
         ws = tl.load(weighted + row) * r
         sq = tl.load(squares + row) * r * r
@@ -136,7 +138,7 @@ if triton is not None:
                 tanh = 2 * tl.sigmoid(2 * x / cap_f32) - 1
                 slope = 1 - tanh * tanh
                 x = cap_f32 * tanh
-            e = tl.where(inside, tl.exp(x - best), 0.0)
+            e = tl.where(inside, tl.exp(x - base), 0.0)
             ws += tl.sum(e * x, axis=0)
             sq += tl.sum(e * e, axis=0)
             zs += tl.sum(tl.where(inside, x, 0.0), axis=0)

@@ -77,6 +77,8 @@ def test_saved_bytes_count_a_storage_once_and_no_parameters():
 
 def test_every_launch_of_ours_has_a_cost():
     operators = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "hf_fastpeft::" in name}
+    # a whole block inside torch.compile, launches and products
+    operators -= {name for name in operators if name.endswith(("_forward", "_backward"))}
     products = {name.partition(".")[2] for name in PRODUCTS if name.startswith("hf_fastpeft.")}
     assert operators == set(COSTS) | products
 

@@ -37,15 +37,16 @@ def read_svd_linear(layer: Any, watch: Watch) -> LowRank | str:
     """The record of PEFT's ``SVDLinear`` in its current state, or the reason why it must run stock."""
     if torch.compiler.is_compiling():  # a graph would break where the divisor is read from the device
         return "AdaLoRA inside torch.compile"
-    factors = layer.lora_A.__dict__["_parameters"]
-    found = read_base(layer, factors, watch)
+    found = read_base(layer, watch, "_parameters")
     if isinstance(found, str):
         return found
     plain, active = found
     if active is None:
         return plain
     name = active.name
-    A, B, E = factors[name], watch.parameter(layer.lora_B, name), watch.parameter(layer.lora_E, name)
+    A, B, E, ranknum = (
+        watch.parameter(watch.child(layer, part), name) for part in ("lora_A", "lora_B", "lora_E", "ranknum")
+    )
     if not (is_plain(A) and is_plain(B) and is_plain(E)):
         return f"lora_A, lora_B, lora_E are {type(A).__name__}, {type(B).__name__}, {type(E).__name__}"
     if A.is_meta or B.is_meta or E.is_meta:
@@ -54,12 +55,11 @@ def read_svd_linear(layer: Any, watch: Watch) -> LowRank | str:
         return plain  # all ranks are cut
     if not A.dtype == B.dtype == E.dtype:
         return f"lora_A, lora_B, lora_E are {A.dtype}, {B.dtype}, {E.dtype}"
-    ranknum = watch.parameter(layer.ranknum, name)
     if ranknum.requires_grad:
         if torch.is_grad_enabled():
             return "ranknum is being trained (PEFT 0.21, base not float32 on the CPU; AdaLoraCallback stops it)"
         watch.volatile = True
-    alpha, divisor = watch.item(layer.scaling, name), _divisor(ranknum)
+    alpha, divisor = watch.entry(layer, "scaling", name), _divisor(ranknum)
     if not isinstance(alpha, (int, float)) or isinstance(divisor, str):
         return divisor if isinstance(divisor, str) else "scaling is a tensor"
     watch.version(ranknum)

@@ -325,7 +325,8 @@ def test_partial_targets_ranks_and_attention_implementations(family, attention):
     if attention == "eager":
         outs = [model(**batch, output_attentions=True) for model in (stock, fast)]
         for got, want in zip(outs[1].attentions, outs[0].attentions, strict=True):
-            torch.testing.assert_close(got, want)
+            # eager attention takes its softmax in float32, whatever the model's dtype
+            torch.testing.assert_close(got, want, rtol=4 * torch.finfo(torch.float32).eps, atol=1e-7)
 
 
 @families

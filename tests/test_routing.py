@@ -726,3 +726,17 @@ def test_hooks_that_look_at_no_shape_do_not_count():
     assert notices_rows(causal(model).model.layers) is None
     layer.register_forward_pre_hook(lambda module, args: None)
     assert notices_rows(causal(model).model.layers) == "hooks on LlamaDecoderLayer"
+
+
+def test_a_layer_that_occurs_twice_is_not_routed():
+    stock = adapted_llama("lora")
+    layers = stock.get_base_model().model.layers
+    layers[1] = layers[0]
+    fast = twin(stock)
+    patched = patch_model(fast)
+    batch = {**token_batch(), "use_cache": False}  # its keys would be cached twice
+    for _ in range(3):
+        (loss, want), (found, got) = step(stock, batch), step(fast, batch)
+        assert rel_err(found, loss) < FLOAT64_REL
+        assert all(rel_err(got[name], gradient) < FLOAT64_REL for name, gradient in want.items())
+    assert "a layer occurs twice" in patched.to_json()["routing"]["unrouted"]

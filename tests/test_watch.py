@@ -4,6 +4,9 @@ import contextlib
 import copy
 import gc
 import pickle
+import threading
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hf_fastpeft import patch_model
+from hf_fastpeft.blocks.adapters import KEPT
 from hf_fastpeft.layers import FastAttention, FastMLP
 from hf_fastpeft.watch import Watch
 
@@ -37,10 +41,8 @@ def description(found):
     if isinstance(found, str):
         return found
     parts = [[(tuple(map(id, low.tensors)), low[6:], low.rank, low.weight.dtype) for low in stack] for stack in found]
-    data = [
-        [(t.data_ptr(), t.requires_grad) for low in stack for t in low.tensors if t is not None] for stack in found
-    ]
-    return parts, data
+    tensors = [t for stack in found for low in stack for t in low.tensors if t is not None]
+    return parts, [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors]
 
 
 def kept_and_fresh(model):
@@ -109,6 +111,21 @@ CHANGES = {
     "another class": lambda m, q: set_class(q),
     "DoRA": lambda m, q: q.lora_variant.update({"default": object()}),
     "deleted": lambda m, q: (add(m), m.set_adapter("other"), m.delete_adapter("default")),
+    "scaling replaced": lambda m, q: setattr(q, "scaling", {"default": 0.1}),
+    "all A replaced": lambda m, q: setattr(q, "lora_A", copy.deepcopy(q.lora_A)),
+    "all B replaced": lambda m, q: setattr(q, "lora_B", copy.deepcopy(q.lora_B)),
+    "all dropouts replaced": lambda m, q: setattr(q, "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.5)})),
+    "all variants replaced": lambda m, q: setattr(q, "lora_variant", {"default": object()}),
+    "hooks replaced, then one set": lambda m, q: (
+        setattr(q.base_layer, "_forward_hooks", OrderedDict()),
+        q.base_layer.register_forward_hook(lambda *a: None),
+    ),
+    "children replaced": lambda m, q: setattr(
+        q, "_modules", {**q._modules, "base_layer": copy.deepcopy(q.base_layer)}
+    ),
+    "parameters replaced": lambda m, q: setattr(
+        q.base_layer, "_parameters", {**q.base_layer._parameters, "weight": new_parameter(q.base_layer.weight)}
+    ),
     "unwrapped": lambda m, q: setattr(m.base_model.model.model.layers[0].self_attn, "q_proj", q.base_layer),
     "moved": lambda m, q: m.double(),
     "eval": lambda m, q: m.eval(),
@@ -160,6 +177,8 @@ def test_what_changes_an_svd_reading_is_seen():
         lambda: q.ranknum["default"].copy_(torch.tensor([2.0])),
         lambda: q.lora_E.update({"default": new_parameter(q.lora_E["default"])}),
         lambda: q.scaling.update(default=3.0),
+        lambda: setattr(q, "scaling", {"default": 2.0}),
+        lambda: setattr(q, "lora_E", copy.deepcopy(q.lora_E)),
         lambda: q.ranknum["default"].requires_grad_(True),
     ):
         before = [kept for _, kept, _ in kept_and_fresh(model)]
@@ -242,6 +261,137 @@ def test_readings_keep_no_memory_alive():
         assert all(place.expired() for place in places)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("bordered", [False, True])
+def test_a_weight_that_is_turned_where_it_lies_is_seen(bordered):
+    """Same memory, other strides."""
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast, bordered=bordered)
+    step(fast, BATCH)
+    for model in (stock, fast):
+        weight = target(model).base_layer.weight
+        assert weight.shape[0] == weight.shape[1]
+        weight.data = weight.data.t()
+    (loss, want), (found, got) = step(stock, BATCH), step(fast, BATCH)
+    assert rel_err(found, loss) < FLOAT64_REL
+    assert all(rel_err(got[name], gradient) < FLOAT64_REL for name, gradient in want.items())
+
+
+def test_a_shallow_copy_of_a_module_reads_its_own_children():
+    model = patched()
+    step(model, BATCH)
+    attention = layers_of(model)[0]
+    twin_of_it = copy.copy(attention)
+    twin_of_it._modules = {**attention._modules, "q_proj": copy.deepcopy(attention.q_proj)}
+    for module in (twin_of_it, attention, twin_of_it):
+        (stack,) = module._bundles("attention_in")
+        assert stack[0].A is module.q_proj.lora_A["default"].weight
+
+
+def test_weights_that_are_replaced_or_moved_by_hand_are_freed_at_once():
+    model = patched()
+    step(model, BATCH)
+    weights = [p for name, p in model.named_parameters() if "base_layer.weight" in name]
+    places = [StorageWeakRef(p.untyped_storage()) for p in weights]
+    gc.disable()
+    try:
+        for p in weights:
+            p.data = p.data.clone()
+        assert all(place.expired() for place in places)
+        step(model, BATCH)
+        places = [StorageWeakRef(p.untyped_storage()) for p in weights]
+        del weights, p
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        with torch.no_grad():
+            model.eval()(**BATCH)
+        assert all(place.expired() for place in places)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_adapters_that_are_new_in_every_forward_leave_nothing_behind(graph):
+    model, alive = patched(), []
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for _ in range(3 * KEPT):
+        made = {n: (p if graph else p.detach()) * 1.0 for n, p in trained.items()}
+        if not graph:
+            made = {n: p.requires_grad_() for n, p in made.items()}
+        alive += [weakref.ref(p) for p in made.values()]
+        torch.func.functional_call(model, made, kwargs=BATCH).loss.backward()
+        del made
+    left = sum(ref() is not None for ref in alive)
+    assert left <= (0 if graph else KEPT * len(trained))
+    assert len(layers_of(model)[0]._fastpeft.adapters._sides) <= (0 if graph else KEPT * 8)
+
+
+def test_threads_that_overlap_in_a_forward_do_not_stop_training():
+    """A sampler beside the trainer: the one that came first leaves first."""
+    stock = adapted_llama("lora", torch.float32)
+    fast = twin(stock)
+    patch_model(fast)
+    first_in, second_in = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        if threading.current_thread() is first:
+            first_in.set()
+            second_in.wait(30)
+        elif threading.current_thread() is second:
+            second_in.set()
+            first.join(30)
+
+    def sample():
+        with torch.no_grad():
+            fast(input_ids=BATCH["input_ids"])
+
+    first, second = threading.Thread(target=sample), threading.Thread(target=sample)
+    hook = fast.base_model.model.model.layers[0].register_forward_pre_hook(wait)
+    first.start()
+    first_in.wait(30)
+    second.start()
+    first.join(60)
+    second.join(60)
+    hook.remove()
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5) for m in (stock, fast)]
+    for _ in range(3):
+        losses = [step(model, BATCH)[0] for model in (stock, fast)]
+        assert rel_err(losses[1], losses[0]) < 1e-5
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_adapters_written_by_a_hook_on_a_layer_count_from_there_on():
+    stock = adapted_llama("lora")
+    fast = twin(stock)
+    patch_model(fast)
+
+    def write(module, args):
+        for name, p in module.named_parameters():
+            if "lora_" in name:
+                p.data.mul_(1.1)
+
+    for model in (stock, fast):
+        for layer in model.base_model.model.model.layers:
+            layer.register_forward_pre_hook(write)
+    for _ in range(3):
+        (loss, want), (found, got) = step(stock, BATCH), step(fast, BATCH)
+        assert rel_err(found, loss) < FLOAT64_REL
+        assert all(rel_err(got[name], gradient) < FLOAT64_REL for name, gradient in want.items())
+
+
+@pytest.mark.parametrize("method", ["lora", "sora"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+@pytest.mark.filterwarnings("ignore:SoRA")
+def test_autocast_may_change_from_one_half_to_the_other(method, dtypes):
+    model = adapted_llama(method, torch.float32)
+    exact, _ = step(model, BATCH)
+    patch_model(model)
+    for dtype in (*dtypes, *dtypes, dtypes[1], dtypes[1]):
+        with torch.autocast("cpu", dtype):
+            loss, _ = step(model, BATCH)
+        assert rel_err(loss, exact) < 3e-2
 
 
 def test_float64_stays_exact_over_many_calls():

@@ -37,6 +37,23 @@ def plain(h, weight, bias, targets, options):
     return target, entropy, (2 * log_p).logsumexp(-1), z.mean(-1), z.argmax(-1) == targets
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # the entropy: 0 * -inf, as in stock
+def test_a_tile_of_nothing_but_minus_infinity_counts_nothing(impl):
+    h, weight, b, _ = inputs(4, 5, 20, dtype=torch.float32)
+    h, weight, b = h.detach().to(DEVICE).requires_grad_(), weight.to(DEVICE), b.to(DEVICE)
+    b[:7] = -torch.inf  # the whole first tile
+    targets = torch.tensor([7, 8, 19, 12], device=DEVICE)
+    options = HeadOptions()
+    want, got = (
+        plain(h, weight, b, targets, options)[0],
+        lm_head_log_probs(h, weight, b, targets, dtype=torch.float32, options=options, impl=impl).log_probs,
+    )
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(x.sum(), h)[0] for x in (got, want)]
+    torch.testing.assert_close(*gradients)
+
+
 OPTIONS = st.builds(
     HeadOptions,
     scale=st.sampled_from([1.0, 0.3]),

@@ -729,7 +729,7 @@ def test_hooks_that_look_at_no_shape_do_not_count():
 
 
 def test_a_layer_that_occurs_twice_is_not_routed():
-    stock = adapted_llama("lora")
+    stock = adapted_llama("lora", torch.float32)
     layers = stock.get_base_model().model.layers
     layers[1] = layers[0]
     fast = twin(stock)
@@ -737,6 +737,6 @@ def test_a_layer_that_occurs_twice_is_not_routed():
     batch = {**token_batch(), "use_cache": False}  # its keys would be cached twice
     for _ in range(3):
         (loss, want), (found, got) = step(stock, batch), step(fast, batch)
-        assert rel_err(found, loss) < FLOAT64_REL
-        assert all(rel_err(got[name], gradient) < FLOAT64_REL for name, gradient in want.items())
+        assert rel_err(found, loss) < 1e-4
+        assert all(rel_err(got[name], gradient) < 1e-4 for name, gradient in want.items())
     assert "a layer occurs twice" in patched.to_json()["routing"]["unrouted"]

@@ -25,16 +25,19 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
 from hf_fastpeft.blocks.projection import Draw
 from hf_fastpeft.fast_module import COMPILED, FastModule
 from hf_fastpeft.layers import FastAttention, FastDecoderLayer
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
 from hf_fastpeft.routing import Plan, hooked, notices_rows, plan_route, take
+from hf_fastpeft.watch import Watch
 
 __all__ = ["CausalLMOutputWithLazyLogits", "FastCausalLM", "LazyLogits"]
 
 IGNORED = -100
+ROWS = "rows"  # what :meth:`FastCausalLM._read` is asked for
 NOT_TRAINING = "not training: real logits"
 NO_LABELS = "no labels: real logits"
 FSDP1 = "FSDP 1 (it reads every field of an output)"
@@ -210,6 +213,13 @@ class FastCausalLM(FastModule):
         if forwards and not any(getattr(forward, "__func__", forward) is fast for forward in forwards):
             return FOREIGN
         return self._loss_obstacle()
+
+    def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
+        """For :data:`ROWS`: which module of the backbone notices that rows are left out."""
+        assert block == ROWS
+        backbone = getattr(self, self.base_model_prefix)
+        roots = backbone.layers, getattr(backbone, "norm", None)
+        return next((reason for root in roots if (reason := notices_rows(root, watch))), ())
 
     def routing_obstacle(self) -> str | None:
         """Why no training call would leave positions out now."""
@@ -391,7 +401,8 @@ def _route_obstacle(model: "FastCausalLM", backbone: nn.Module) -> str | None:
         return "a layer occurs twice"
     if getattr(model.config, "router_jitter_noise", 0):
         return "router jitter"
-    return hooked(backbone) or notices_rows(layers) or notices_rows(getattr(backbone, "norm", None))
+    found = hooked(backbone) or model._bundles(ROWS)
+    return found if isinstance(found, str) else None
 
 
 def _unroutable(model: "FastCausalLM", args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ A cache with a list of its own of what invalidates it forgets something sooner o
 watch, so that it holds exactly what they looked at.
 """
 
-from operator import is_
+from operator import eq, is_
 from typing import Any
 
 import torch
@@ -22,8 +22,24 @@ class Watch:
         volatile: what was read depends on something that is not watched; :meth:`same` is then False.
     """
 
-    __slots__ = ("_copies", "_data", "_false", "_keys", "_kinds", "_lists", "_mappings", "_names", "_objects",
-                 "_rows", "_seen", "_states", "_values", "_versions", "volatile")  # fmt: skip
+    __slots__ = (
+        "_copies",
+        "_data",
+        "_keys",
+        "_kinds",
+        "_lists",
+        "_mappings",
+        "_names",
+        "_objects",
+        "_rows",
+        "_seen",
+        "_sized",
+        "_sizes",
+        "_states",
+        "_values",
+        "_versions",
+        "volatile",
+    )
 
     def __init__(self) -> None:
         self.volatile = False
@@ -35,6 +51,8 @@ class Watch:
         self._kinds: list[type] = []
         self._states: list[dict[str, Any]] = []
         self._names: list[str] = []
+        self._sized: list[dict[str, Any]] = []
+        self._sizes: list[int] = []
         self._lists: list[list[Any]] = []
         self._copies: list[list[Any]] = []
         self._versions: list[tuple[torch.Tensor, int]] = []
@@ -65,6 +83,14 @@ class Watch:
     def child(self, module: nn.Module, name: str) -> Any:
         """A child module, or None."""
         return self.entry(module, "_modules", name)
+
+    def children(self, module: nn.Module) -> list[nn.Module]:
+        """All child modules; watched is which there are."""
+        self.attribute(module, "_modules")
+        mapping = module.__dict__["_modules"]
+        self._sized.append(mapping)
+        self._sizes.append(len(mapping))
+        return [child for child in [self.item(mapping, name) for name in mapping] if child is not None]
 
     def parameter(self, module: nn.Module, name: str) -> Any:
         """A parameter, or None; for where its memory lies see :meth:`data`."""
@@ -116,6 +142,8 @@ class Watch:
     def same(self) -> bool:
         """Whether all that was looked at is as it was."""
         if self.volatile or any(map(dict.get, self._states, self._names)) or self._lists != self._copies:
+            return False
+        if not all(map(eq, map(len, self._sized), self._sizes)):
             return False
         if not all(map(is_, map(dict.get, self._mappings, self._keys), self._values)):
             return False

@@ -14,6 +14,7 @@ from tiny import VOCAB_SIZE, tiny_llama
 from hf_fastpeft import FastPeftCallback, causal_lm, layers, patch_model
 from hf_fastpeft.causal_lm import FIRST, WANTED
 from hf_fastpeft.routing import Routing, notices_rows, plan_route
+from hf_fastpeft.watch import Watch
 
 B, S = 3, 17
 pytestmark = [
@@ -586,7 +587,7 @@ def test_dropout_in_the_layers():
     fast = twin(stock)
     patch_model(fast)
     assert_unrouted(stock, route(fast), "dropout in the layers (its masks would not be stock's)")
-    assert notices_rows(causal(fast).eval().model) is None
+    assert notices_rows(causal(fast).eval().model, Watch()) is None
 
 
 @pytest.mark.parametrize(
@@ -723,9 +724,9 @@ def test_hooks_that_look_at_no_shape_do_not_count():
 
     hook.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
     layer.register_forward_pre_hook(hook)
-    assert notices_rows(causal(model).model.layers) is None
+    assert notices_rows(causal(model).model.layers, Watch()) is None
     layer.register_forward_pre_hook(lambda module, args: None)
-    assert notices_rows(causal(model).model.layers) == "hooks on LlamaDecoderLayer"
+    assert notices_rows(causal(model).model.layers, Watch()) == "hooks on LlamaDecoderLayer"
 
 
 def test_a_layer_that_occurs_twice_is_not_routed():
@@ -740,3 +741,23 @@ def test_a_layer_that_occurs_twice_is_not_routed():
         assert rel_err(found, loss) < 1e-4
         assert all(rel_err(got[name], gradient) < 1e-4 for name, gradient in want.items())
     assert "a layer occurs twice" in patched.to_json()["routing"]["unrouted"]
+
+
+def test_what_notices_rows_is_seen_when_it_comes():
+    """The walk over the layers is kept; what it looked at is not taken on trust."""
+    fast = adapted_llama("lora", torch.float32)
+    patch_model(fast)
+    batch = token_batch()
+    layer = causal(fast).model.layers[1]
+    for _ in range(2):
+        step(fast, batch)
+    assert causal(fast)._bundles(causal_lm.ROWS) == ()
+    handle = layer.mlp.down_proj.lora_B["default"].register_forward_hook(lambda *_: None)
+    assert "hooks" in causal(fast)._bundles(causal_lm.ROWS)
+    handle.remove()
+    assert causal(fast)._bundles(causal_lm.ROWS) == ()
+    layer.mlp.down_proj.lora_dropout["other"] = torch.nn.Dropout(0.1)
+    assert "dropout" in causal(fast)._bundles(causal_lm.ROWS)
+    del layer.mlp.down_proj.lora_dropout["other"]
+    layer.mlp.act_fn.forward = layer.mlp.act_fn.forward
+    assert "forward of its own" in causal(fast)._bundles(causal_lm.ROWS)

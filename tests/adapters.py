@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from numerics import FLOAT64_REL, rel_err
 from peft import LoraConfig, get_peft_model
 from tiny import VOCAB_SIZE, tiny_llama
 
@@ -55,3 +56,20 @@ def step(model, batch):
 def twin(model):
     """An independent copy with the same parameters."""
     return copy.deepcopy(model)
+
+
+def assert_parity(stock, fast, batch=None, tol=FLOAT64_REL):
+    """Loss and every gradient of one step; in place of a batch the default one."""
+    batch = token_batch() if batch is None else batch
+    want_loss, want = step(stock, batch)
+    got_loss, got = step(fast, batch)
+    assert rel_err(got_loss, want_loss) < tol
+    assert got.keys() == want.keys()
+    for name in want:
+        assert rel_err(got[name], want[name]) < tol, name
+
+
+def calls(patched):
+    """Block -> (fused calls, stock calls by reason)."""
+    blocks = patched.to_json()["blocks"]
+    return {name: (row["calls_fused"], row["calls_stock"]) for name, row in blocks.items()}

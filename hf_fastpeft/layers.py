@@ -23,7 +23,7 @@ from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.lowrank import intercepted, is_plain, read
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm
-from hf_fastpeft.routing import Route
+from hf_fastpeft.routing import Route, hooked
 from hf_fastpeft.watch import Watch
 
 __all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastRMSNorm"]
@@ -361,7 +361,7 @@ class FastDecoderLayer(FastModule):
             assert fastpeft_route is None
             kwargs["position_embeddings"] = position_embeddings
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        if self._forward_pre_hooks or self._forward_hooks:
+        if (self._forward_pre_hooks or self._forward_hooks) and hooked(self):
             self._fastpeft.adapters.distrust()
         h = hidden_states if fastpeft_route is None else fastpeft_route.enter(hidden_states)
         h = self._attend(h, fastpeft_route, position_embeddings=position_embeddings, **kwargs)

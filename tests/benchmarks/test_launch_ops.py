@@ -65,7 +65,8 @@ CASES = {
 
 def test_every_operator_has_a_case():
     operators = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "hf_fastpeft::" in name}
-    assert operators == set(CASES)
+    blocks = {name for name in operators if name.endswith(("_forward", "_backward"))}  # checked in test_compile
+    assert operators - blocks == set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)

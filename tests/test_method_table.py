@@ -292,6 +292,7 @@ for name in NAMES:
             for key in want:
                 error = (got[key] - want[key]).norm() / want[key].norm()
                 assert error < 1e-5, (name, wrap.__name__, patched, key, float(error))
+dist.barrier()  # who is ahead may not leave while the other still talks to it
 dist.destroy_process_group()
 """
 
@@ -314,4 +315,4 @@ def test_two_processes_have_the_gradient_of_both_their_rows(base, tmp_path):
         for rank in range(2)
     ]
     errors = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors[0][-2000:]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(error[-2000:] for error in errors)

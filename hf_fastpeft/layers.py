@@ -23,7 +23,7 @@ from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.lowrank import intercepted, is_plain, read
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm
-from hf_fastpeft.routing import Route, hooked
+from hf_fastpeft.routing import Route
 from hf_fastpeft.watch import Watch
 
 __all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastRMSNorm"]
@@ -117,6 +117,7 @@ class FastMLP(FastModule):
         return down if isinstance(down, str) else (stack, down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._mind_hooks()
         return self.run(x)
 
     def run(self, h: torch.Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> torch.Tensor:
@@ -275,6 +276,7 @@ class FastAttention(FastModule):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        self._mind_hooks()
         return self.run(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
     def run(
@@ -361,8 +363,7 @@ class FastDecoderLayer(FastModule):
             assert fastpeft_route is None
             kwargs["position_embeddings"] = position_embeddings
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        if (self._forward_pre_hooks or self._forward_hooks) and hooked(self):
-            self._fastpeft.adapters.distrust()
+        self._mind_hooks()
         h = hidden_states if fastpeft_route is None else fastpeft_route.enter(hidden_states)
         h = self._attend(h, fastpeft_route, position_embeddings=position_embeddings, **kwargs)
         return self._feed_forward(h)

@@ -362,7 +362,8 @@ def test_threads_that_overlap_in_a_forward_do_not_stop_training():
             optimizer.step()
 
 
-def test_adapters_written_by_a_hook_on_a_layer_count_from_there_on():
+@pytest.mark.parametrize("where", ["", "self_attn", "mlp"])
+def test_adapters_written_by_a_hook_count_from_there_on(where):
     stock = adapted_llama("lora")
     fast = twin(stock)
     patch_model(fast)
@@ -374,7 +375,7 @@ def test_adapters_written_by_a_hook_on_a_layer_count_from_there_on():
 
     for model in (stock, fast):
         for layer in model.base_model.model.model.layers:
-            layer.register_forward_pre_hook(write)
+            layer.get_submodule(where).register_forward_pre_hook(write)
     for _ in range(3):
         (loss, want), (found, got) = step(stock, BATCH), step(fast, BATCH)
         assert rel_err(found, loss) < FLOAT64_REL

@@ -177,7 +177,7 @@ class _Batch:
 
     Attributes:
         copies: (slot, value) pairs.
-        source: what the copies wrote to, or the one value itself; None where they have already done all.
+        source: what the copies wrote to; None where they have already done all.
         factor: of the source; a tensor with a factor for each row, a number, or None.
         blocks: the places.
     """

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from adapters import adapted_llama, step, token_batch, twin
+from adapters import adapted_llama, assert_parity, step, token_batch, twin
 from numerics import FLOAT64_REL, assert_no_worse, rel_err
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -21,15 +21,6 @@ from hf_fastpeft.stacking import adjacent
 BATCH = token_batch()
 STACKS = 6  # two layers of q/k/v, gate/up and down; o reads what the attention call wrote
 pytestmark = [pytest.mark.filterwarnings("ignore:SoRA. gates are not being pruned")]
-
-
-def assert_parity(stock, fast, tol=FLOAT64_REL, batch=BATCH):
-    want_loss, want = step(stock, batch)
-    got_loss, got = step(fast, batch)
-    assert rel_err(got_loss, want_loss) < tol
-    assert got.keys() == want.keys()
-    for name in want:
-        assert rel_err(got[name], want[name]) < tol, name
 
 
 def bordered_pair(method="lora", dtype=torch.float64, *args, **kwargs):
@@ -114,7 +105,7 @@ def test_the_kernels_run_bordered():
     fast = twin(stock)
     patched = patch_model(fast, impl="triton", bordered=True)
     ids = token_batch(1, 4)["input_ids"]
-    assert_parity(stock, fast, 1e-5, {"input_ids": ids, "labels": ids})
+    assert_parity(stock, fast, {"input_ids": ids, "labels": ids}, 1e-5)
     assert stacks_of(patched)["stacks"] == 3
 
 
@@ -138,7 +129,7 @@ def test_training_follows_stock(fused):
             optimizer.zero_grad()
             model(**token_batch(seed=seed)).loss.backward()
             optimizer.step()
-    assert_parity(stock, fast, 1e-8)
+    assert_parity(stock, fast, tol=1e-8)
 
 
 def test_two_forwards_before_one_backward():
@@ -334,7 +325,7 @@ def test_state_dict_has_whole_tensors_and_the_border_comes_back(tmp_path):
     buffer.seek(0)
     loaded = torch.load(buffer)
     assert all(torch.equal(t, loaded[k]) for k, t in stock.state_dict().items())
-    assert_parity(stock, fast, 2e-5)
+    assert_parity(stock, fast, tol=2e-5)
     assert stacks_of(patched)["stacks"] == STACKS
     assert border_of(patched).memory.data_ptr() != memory.data_ptr()
 

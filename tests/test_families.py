@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import step, token_batch, twin
+from adapters import assert_parity, step, token_batch, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import FLOAT64_REL, assert_no_worse, rel_err
@@ -137,15 +137,6 @@ def norms_in_float64(model):
             patch.setattr(stock, "forward", norm)
         patch.setattr(FastRMSNorm, "obstacle", lambda self, block: None)
         yield
-
-
-def assert_parity(stock, fast, batch=BATCH, tol=FLOAT64_REL):
-    want_loss, want = step(stock, batch)
-    got_loss, got = step(fast, batch)
-    assert rel_err(got_loss, want_loss) < tol
-    assert got.keys() == want.keys()
-    for name in want:
-        assert rel_err(got[name], want[name]) < tol, name
 
 
 def pair(family, dtype=torch.float64, **kwargs):

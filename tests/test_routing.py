@@ -3,7 +3,7 @@
 import pytest
 import torch
 import trl.trainer.utils
-from adapters import adapted_llama, step, token_batch, twin
+from adapters import adapted_llama, assert_parity, step, token_batch, twin
 from numerics import FLOAT64_REL, rel_err
 from test_families import adapted
 from test_head import ReadsLogits, causal, loss_in_float64, losses, run_trainer
@@ -71,15 +71,6 @@ def exact_pair(monkeypatch, method="lora", stock=None, **overrides):
     causal(stock).loss_function = loss_in_float64
     monkeypatch.setattr(causal_lm, "_loss_is_rounded", lambda dtype: False)
     return stock, route(fast)
-
-
-def assert_parity(stock, fast, batch, tol=FLOAT64_REL):
-    want_loss, want = step(stock, batch)
-    got_loss, got = step(fast, batch)
-    assert rel_err(got_loss, want_loss) < tol
-    assert got.keys() == want.keys()
-    for name in want:
-        assert rel_err(got[name], want[name]) < tol, name
 
 
 def scored(batch):

@@ -24,6 +24,7 @@ from hf_fastpeft.blocks._function import tokens
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.attention import _AttentionIn, _AttentionOut
 from hf_fastpeft.blocks.attention import _Layout as _AttentionLayout
+from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.layout import Stack, make_bias, make_side, slices
 from hf_fastpeft.blocks.mlp import _MLP
 from hf_fastpeft.blocks.mlp import _Layout as _MLPLayout
@@ -214,10 +215,6 @@ def _plan(
     )
 
 
-def _flat(stack: Stack) -> Slots:
-    return [tensor for low in stack for tensor in low.tensors]
-
-
 def _packed(tensors: Slots) -> tuple[list[torch.Tensor], list[bool]]:
     return [t for t in tensors if t is not None], [t is not None for t in tensors]
 
@@ -337,7 +334,7 @@ def attention_in(
     h: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    stack: Stack,
+    stack: Bundle,
     *,
     heads: tuple[int, int],
     head_dim: int,
@@ -352,7 +349,7 @@ def attention_in(
     q_norm, k_norm = (None, None) if qk_norm is None else qk_norm
     weights = (_weight(norm), _weight(q_norm), _weight(k_norm))
     q, k, v, *_ = _attention_in(
-        *_packed([h, *weights, cos, sin, *_flat(stack)]),
+        *_packed([h, *weights, cos, sin, *stack.flat]),
         impl,
         dtype,
         side_dtype_of(stack, dtype),
@@ -366,7 +363,7 @@ def attention_in(
 
 def attention_out(
     x: torch.Tensor,
-    linear: Stack,
+    linear: Bundle,
     *,
     dtype: torch.dtype,
     residual: torch.Tensor | None = None,
@@ -374,15 +371,15 @@ def attention_out(
     adapters: SideCache | None = None,
 ) -> torch.Tensor:
     """:func:`hf_fastpeft.blocks.attention_out` as an operator; ``adapters`` is not used."""
-    tensors, given = _packed([x, residual, *_flat(linear)])
+    tensors, given = _packed([x, residual, *linear.flat])
     out_TO, *_ = _attention_out(tensors, given, impl, dtype, side_dtype_of(linear, dtype), _factors(linear))
     return out_TO.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def mlp(
     h: torch.Tensor,
-    stack: Stack,
-    down: Stack,
+    stack: Bundle,
+    down: Bundle,
     *,
     dtype: torch.dtype,
     activation: Activation = "silu",
@@ -392,13 +389,12 @@ def mlp(
     adapters: SideCache | None = None,
 ) -> torch.Tensor:
     """:func:`hf_fastpeft.blocks.mlp` as an operator; ``adapters`` is not used."""
-    linears = [*stack, *down]
     out_TI, *_ = _mlp(
-        *_packed([h, _weight(norm), *_flat(linears)]),
+        *_packed([h, _weight(norm), *stack.flat, *down.flat]),
         impl,
         dtype,
         side_dtype_of(stack, dtype),
-        _factors(linears),
+        [*_factors(stack), *_factors(down)],
         side_dtype_of(down, dtype),
         activation,
         residual,

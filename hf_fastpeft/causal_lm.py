@@ -16,7 +16,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MethodType
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,7 +29,7 @@ from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
 from hf_fastpeft.blocks.projection import Draw
 from hf_fastpeft.fast_module import COMPILED, FastModule
-from hf_fastpeft.layers import FastAttention, FastDecoderLayer
+from hf_fastpeft.layers import CACHE_NAMES, FastAttention, FastDecoderLayer
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
 from hf_fastpeft.routing import Plan, hooked, notices_rows, plan_route, take
 from hf_fastpeft.watch import Watch
@@ -37,6 +37,8 @@ from hf_fastpeft.watch import Watch
 __all__ = ["CausalLMOutputWithLazyLogits", "FastCausalLM", "LazyLogits"]
 
 IGNORED = -100
+# the cache as an argument and in outputs: transformers 5.24 renamed it
+CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 ROWS = "rows"  # what :meth:`FastCausalLM._read` is asked for
 NOT_TRAINING = "not training: real logits"
 NO_LABELS = "no labels: real logits"
@@ -135,6 +137,8 @@ def _forward_over(stock: Any) -> Callable[..., Any]:
         if torch.compiler.is_compiling() or not isinstance(self, FastCausalLM):
             return stock.forward(self, *args, **kwargs)
         given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        if CACHE == "cache" and "past_key_values" in given and given[CACHE] is None:  # deprecated; PEFT 0.21 uses it
+            given[CACHE] = given.pop("past_key_values")
         reason = self._call_obstacle(given)
         if reason is not None or len(args) > len(defaults) or not kwargs.keys().isdisjoint([*defaults][: len(args)]):
             self._fastpeft.fall_back("lm_head", reason or "arguments that stock refuses")
@@ -264,6 +268,8 @@ class FastCausalLM(FastModule):
         keep = given.get("logits_to_keep", 0)
         if not isinstance(keep, int) or keep != 0:
             return "logits_to_keep"
+        if any(name in given for name in CACHE_NAMES if name != CACHE):
+            return "a cache by another release's name"
         return_dict = given.get("return_dict")
         if not (self.config.return_dict if return_dict is None else return_dict):
             return "return_dict=False"
@@ -290,7 +296,7 @@ class FastCausalLM(FastModule):
         return CausalLMOutputWithLazyLogits(
             loss=loss,
             logits=_lazy_logits(self, outputs.last_hidden_state, again, rows_NH, options),
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -414,8 +420,8 @@ def _unroutable(model: "FastCausalLM", args: tuple[Any, ...], kwargs: dict[str, 
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if kwargs.get(name, getattr(model.config, name, False)):
             return name
-    if kwargs.get("past_key_values") is not None:
-        return "past_key_values given"
+    if any(kwargs.get(name) is not None for name in CACHE_NAMES):
+        return "a cache given"
     return "positional arguments" if len(args) > 1 else None
 
 

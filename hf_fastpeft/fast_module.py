@@ -112,6 +112,11 @@ class FastModule(nn.Module):
         return below[0] if below and below[0] is not nn.Module else None
 
     @classmethod
+    def foreign_arguments(cls) -> str | None:
+        """Why this class does not understand what its stock class's forward is called with; None if it does."""
+        return None
+
+    @classmethod
     def tolerates(cls, forward: Any) -> bool:
         """Whether a module with this foreign instance ``forward`` can be patched all the same."""
         return False

@@ -8,7 +8,7 @@ the stock forward where it cannot. The layer runs its norms and residuals inside
 where it is not patched, or somebody listens to these modules, each runs its own block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from inspect import signature
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -26,9 +26,16 @@ from hf_fastpeft.ops.rms_norm import Norm, rms_norm
 from hf_fastpeft.routing import Route
 from hf_fastpeft.watch import Watch
 
-__all__ = ["FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastRMSNorm"]
+__all__ = ["CACHE_NAMES", "FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastRMSNorm"]
 
 DROPPED = "dropout inside torch.compile"
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
+
+
+def _cache_name(stock: type[nn.Module]) -> str | None:
+    """What the stock class's forward calls the cache; None if by none of the known names."""
+    parameters = signature(stock.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def _read_stack(owner: nn.Module, names: tuple[str, ...], watch: Watch) -> Bundle | str:
@@ -167,11 +174,24 @@ class FastAttention(FastModule):
     # the family's own helpers, for the parts that run stock
     eager_attention: ClassVar[Callable[..., Any]]
     stock_rotary: ClassVar[Callable[..., Any]]
+    cache_name: ClassVar[str | None] = None
+    _positional: ClassVar[tuple[str, ...]] = ()
     config: Any
     head_dim: int
     layer_idx: int
     scaling: float
     attention_dropout: float
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = cls.stock_class()
+        if stock in cls.__bases__:
+            cls.cache_name = _cache_name(stock)
+            cls._positional = tuple(signature(stock.forward).parameters)[1:-1]
+
+    @classmethod
+    def foreign_arguments(cls) -> str | None:
+        return _foreign_arguments(cls, {"hidden_states", "position_embeddings", "attention_mask", cls.cache_name})
 
     def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
         reason = self._qk_obstacle(watch) if block == "attention_in" else None
@@ -257,34 +277,30 @@ class FastAttention(FastModule):
         """Keyword arguments that the family passes to the attention function beyond the common ones."""
         return {name: attrgetter(path)(self) for name, path in self.attention_options.items()}
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        reason = self._may_fuse()
-        if reason is not None or position_embeddings is None:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        given = {**dict(zip(self._positional, args, strict=False)), **kwargs}
+        reason = self._may_fuse() or self._argument_obstacle(given, len(args) + len(kwargs))
+        if reason is not None:
             for block in self.blocks:
-                self._fastpeft.fall_back(block, reason or "no position embeddings")
-            return super().forward(  # type: ignore[no-any-return]
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+                self._fastpeft.fall_back(block, reason)
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         self._mind_hooks()
-        return self.run(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return self.run(given.pop("hidden_states"), given.pop("position_embeddings"), **given)
+
+    def _argument_obstacle(self, given: dict[str, Any], count: int) -> str | None:
+        """Why stock must make sense of these arguments: one is missing, given twice, or by a deprecated name."""
+        if len(given) != count or given.get("hidden_states") is None:
+            return "arguments that stock refuses"
+        if given.get("position_embeddings") is None:
+            return "no position embeddings"
+        given.setdefault("attention_mask", None)
+        return _other_cache(given, self.cache_name)
 
     def run(
         self,
         h: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Any | None = None,
         *,
         norm: nn.Module | None = None,
         residual: bool = False,
@@ -300,8 +316,10 @@ class FastAttention(FastModule):
         if route is not None:
             q, k, v = route.spread(q), route.spread(k), route.spread(v)
             around = route.narrow(around, self) if residual else around
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        cache = kwargs.pop(str(self.cache_name), None)
+        if cache is not None:
+            options = {"kwargs": kwargs} if self.cache_name == "cache" else {}
+            k, v = cache.update(k, v, self.layer_idx, **options)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, type(self).eager_attention)
         out, weights = attend(
             self,
@@ -316,6 +334,22 @@ class FastAttention(FastModule):
         )
         out = out.reshape(*h.shape[:-1], -1) if route is None else route.leave(out.reshape(*route.shape, -1), self)
         return self._project_out(out, around if residual else None), weights
+
+
+def _other_cache(given: dict[str, Any], name: str | None) -> str | None:
+    """Why a call that names its cache as another release of transformers does is stock's to understand."""
+    other = next((other for other in CACHE_NAMES if other != name and other in given), None)
+    return None if other is None else f"argument {other!r}"
+
+
+def _foreign_arguments(fast: type[FastModule], known: Collection[str | None]) -> str | None:
+    """Why the fast class cannot stand in for its stock class's forward: it takes other arguments than are known."""
+    stock: Any = fast.stock_class()
+    found = [p for p in list(signature(stock.forward).parameters.values())[1:] if p.kind is not p.VAR_KEYWORD]
+    names = {parameter.name for parameter in found}
+    if names == known and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in found):
+        return None
+    return f"{stock.__name__}.forward takes {', '.join(p.name for p in found)}: other arguments than are known"
 
 
 def _counted_forward(stock: type[nn.Module]) -> Callable[..., Any]:
@@ -350,6 +384,18 @@ class FastDecoderLayer(FastModule):
     # modules between a half's output and its residual; where one of them acts, the residual is added after it
     after_attention: ClassVar[tuple[str, ...]] = ()
     after_mlp: ClassVar[tuple[str, ...]] = ()
+    cache_name: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = cls.stock_class()
+        if stock in cls.__bases__:
+            cls.cache_name = _cache_name(stock)
+
+    @classmethod
+    def foreign_arguments(cls) -> str | None:
+        known = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", cls.cache_name}
+        return _foreign_arguments(cls, known) and _foreign_arguments(cls, {*known, "use_cache"})
 
     def forward(
         self,
@@ -359,7 +405,8 @@ class FastDecoderLayer(FastModule):
         fastpeft_route: Route | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self._may_fuse() is not None or args or position_embeddings is None:
+        reason = self._may_fuse() or _other_cache(kwargs, self.cache_name)
+        if reason is not None or args or position_embeddings is None:
             assert fastpeft_route is None
             kwargs["position_embeddings"] = position_embeddings
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]

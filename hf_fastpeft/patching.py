@@ -142,6 +142,8 @@ WRAPPERS = {
 def _held_by_others(module: nn.Module, fast: type[FastModule]) -> str | None:
     """Why the module must be left alone: another library holds its forward. None if it may be swapped."""
     stock = type(module)
+    if reason := fast.foreign_arguments():
+        return reason
     hooked, own = module.__dict__.get("_old_forward"), module.__dict__.get("forward")
     if hooked is not None:  # accelerate keeps the bound stock forward here, and its hook in ``forward``
         mine = getattr(hooked, "__func__", None) is stock.forward

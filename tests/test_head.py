@@ -13,7 +13,7 @@ from adapters import adapted_llama, step, token_batch, twin
 from datasets import Dataset
 from numerics import FLOAT64_REL, assert_no_worse, rel_err
 from peft import LoraConfig, get_peft_model
-from tiny import VOCAB_SIZE, tiny_llama
+from tiny import CACHE, VOCAB_SIZE, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
@@ -189,7 +189,7 @@ def test_the_output_is_stocks():
     patch_model(fast)
     want, got = (m(**BATCH, output_hidden_states=True) for m in (stock, fast))
     assert isinstance(got, CausalLMOutputWithPast)
-    assert list(got.keys()) == list(want.keys()) == ["loss", "logits", "past_key_values", "hidden_states"]
+    assert list(got.keys()) == list(want.keys()) == ["loss", "logits", CACHE, "hidden_states"]
     assert got.loss is got["loss"] is got[0] is got[:1][0] is got.get("loss")
     assert got.loss.dtype == torch.float32
     assert got.loss.shape == ()
@@ -198,7 +198,7 @@ def test_the_output_is_stocks():
     got.loss.backward()
     for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
         torch.testing.assert_close(a, b)
-    assert got.past_key_values.get_seq_length() == want.past_key_values.get_seq_length() == 17
+    assert got[CACHE].get_seq_length() == want[CACHE].get_seq_length() == 17
     assert got.get("attentions") is None
     assert isinstance(dict(got.items())["logits"], LazyLogits)  # nobody has asked
     torch.testing.assert_close(got.logits, want.logits)

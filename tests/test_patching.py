@@ -8,7 +8,7 @@ import torch
 from adapters import adapted_llama, assert_parity, calls, step, token_batch, twin
 from numerics import FLOAT64_REL, rel_err
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama
+from tiny import CACHE, tiny_llama
 
 from hf_fastpeft import patch_model
 from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
@@ -185,7 +185,7 @@ def test_a_cache_filled_while_training_is_right():
     ids = BATCH["input_ids"][2:]
     for model in (stock, fast):
         first = model(ids[:, :9], use_cache=True)
-        second = model(ids[:, 9:], past_key_values=first.past_key_values)
+        second = model(ids[:, 9:], **{CACHE: first[CACHE]})
         model.result = second.logits.detach()
     torch.testing.assert_close(fast.result, stock.result, rtol=1e-9, atol=1e-9)
 

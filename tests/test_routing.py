@@ -9,7 +9,7 @@ from test_families import adapted
 from test_head import ReadsLogits, causal, loss_in_float64, losses, run_trainer
 from test_no_sync import Waits
 from test_trl import assert_same_run, dpo, sft
-from tiny import VOCAB_SIZE, tiny_llama
+from tiny import CACHE, VOCAB_SIZE, tiny_llama
 
 from hf_fastpeft import FastPeftCallback, causal_lm, layers, patch_model
 from hf_fastpeft.causal_lm import FIRST, WANTED
@@ -309,7 +309,7 @@ def test_one_wait_a_step():
 def test_the_cache_of_a_training_step_has_stocks_real_positions(monkeypatch):
     stock, fast = exact_pair(monkeypatch)
     batch = padded(PADDINGS["both"])
-    want, got = (model(**batch, use_cache=True).past_key_values for model in (stock, fast))
+    want, got = (model(**batch, use_cache=True)[CACHE] for model in (stock, fast))
     assert_routed(fast, batch)
     real = batch["attention_mask"].bool()
     for a, b in zip(got.layers, want.layers, strict=True):
@@ -643,12 +643,12 @@ def test_a_given_cache_and_longer_masks_are_left_alone(monkeypatch):
     found = []
     for model in (stock, fast):
         with torch.no_grad():
-            past = causal(model)(input_ids=token_batch(B, 4)["input_ids"], use_cache=True).past_key_values
+            past = causal(model)(input_ids=token_batch(B, 4)["input_ids"], use_cache=True)[CACHE]
         mask = torch.cat([torch.ones(B, 4, dtype=torch.int64), RIGHT], 1)
-        batch = {**padded(RIGHT), "attention_mask": mask, "past_key_values": past}
+        batch = {**padded(RIGHT), "attention_mask": mask, CACHE: past}
         found.append(step(model, batch)[0])
     assert rel_err(*found) < FLOAT64_REL
-    assert routing_of(fast).unrouted == {"past_key_values given": 1}
+    assert routing_of(fast).unrouted == {"a cache given": 1}
 
 
 def test_the_switch():

@@ -27,14 +27,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.models import SHAPES, Shape, add_adapter, build_model
 from benchmarks.trace import FlashAttention, LaunchCounter, saved_storages, storage_key
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
+from hf_fastpeft.families import FAMILIES
 from hf_fastpeft.ops import _backend
-from hf_fastpeft.patching import FAMILIES, Patched
 
 __all__ = ["VARIANTS", "LayerBudget", "layer_budget", "main"]
 
 VARIANTS = (
-    "stock", "stock, checkpointing", "patched", "patched, checkpointing", "bordered", "bordered, checkpointing"
+    "stock", "stock, checkpointing", "patched", "patched, checkpointing"
 )  # fmt: skip
 FLASH = "sdpa_flash_without_mask"
 
@@ -95,11 +95,11 @@ def _fake(model: nn.Module) -> nn.Module:
     return model
 
 
-def _patch(model: nn.Module, bordered: bool) -> Patched:
+def _patch(model: nn.Module) -> nn.Module:
     """Everything but the head, which picks the labelled rows by their values; a trace has none."""
     family = import_module(FAMILIES[model.config.model_type]).FAMILY  # type: ignore[union-attr]
     only = {stock.__name__ for stock, fast in family.swaps.items() if "lm_head" not in fast.blocks}
-    return patch_model(model, impl="triton", only=only, bordered=bordered)
+    return patch_model(model, impl="triton", only=only)
 
 
 def _trace(shape: Shape, variant: str, layers: int, seq_len: int, rank: int, dropout: float) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _trace(shape: Shape, variant: str, layers: int, seq_len: int, rank: int, dro
         if "checkpointing" in variant:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
-        patched = None if "stock" in variant else _patch(model, "bordered" in variant)
+        handle = None if "stock" in variant else patched(_patch(model))
         ids = torch.zeros(1, seq_len, dtype=torch.int64)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(input_ids=ids)  # the first forward of a model lays things out
@@ -124,7 +124,7 @@ def _trace(shape: Shape, variant: str, layers: int, seq_len: int, rank: int, dro
             alive = counter.alive_bytes()
             counter.phase = "backward"
             loss.backward()
-    blocks = {} if patched is None else patched.to_json()["blocks"]
+    blocks = {} if handle is None else handle.to_json()["blocks"]
     return {
         "phases": counter.phases,
         "saved": sum(saved.values()),

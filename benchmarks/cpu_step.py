@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import machine
 from benchmarks.models import token_batch
-from hf_fastpeft import patch_model, verify
+from hf_fastpeft import patch_model, patched, verify
 from hf_fastpeft.quickstart.model import ensure_model
 
 VARIANTS = ("stock", "patched")
@@ -83,11 +83,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for i in range(options.warmup + options.steps):
         for name in VARIANTS:
-            patched = patch_model(trainer.model) if name == "patched" else None
+            handle = patched(patch_model(trainer.model)) if name == "patched" else None
             elapsed, loss = step(trainer, batch)
-            if patched is not None:
-                report = patched.to_json()
-                patched.restore()
+            if handle is not None:
+                report = handle.to_json()
+                handle.restore()
             if i >= options.warmup:
                 seconds[name].append(elapsed)
                 print(

@@ -78,18 +78,14 @@ def _ours_trl(shape: Shape, setting: Setting, device: str) -> Prepared:
     return _patch(_trl(shape, setting, device))
 
 
-def _bordered(shape: Shape, setting: Setting, device: str) -> Prepared:
-    return _patch(_stock(shape, setting, device), bordered=True)
-
-
-def _patch(prepared: Prepared, bordered: bool = False) -> Prepared:
-    from hf_fastpeft import patch_model
-    from hf_fastpeft.patching import FAMILIES
+def _patch(prepared: Prepared) -> Prepared:
+    from hf_fastpeft import patch_model, patched
+    from hf_fastpeft.families import FAMILIES
 
     model_type = prepared.model.config.model_type  # type: ignore[union-attr]
     if model_type not in FAMILIES:
         raise Skipped(f"hf_fastpeft has no patch for model_type {model_type!r} yet")
-    prepared.report = patch_model(prepared.model, bordered=bordered).to_json
+    prepared.report = patched(patch_model(prepared.model)).to_json
     return prepared
 
 
@@ -187,8 +183,6 @@ VARIANTS: dict[str, Callable[[Shape, Setting, str], Prepared]] = {
     "unsloth+checkpointing": lambda *a: _unsloth(*a, checkpointing="unsloth"),
     "ours": _ours,
     "ours+checkpointing": _checkpointed(_ours),
-    "ours-bordered": _bordered,
-    "ours-bordered+checkpointing": _checkpointed(_bordered),
     "ours-trl": _ours_trl,  # inside SFTTrainer, without checkpointing
     "planted-slow": _planted_slow,
     "planted-wrong": _planted_wrong,

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     else:
         dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
 
-    patched = patch_model(model)  # the added line
+    patch_model(model)  # the added line
 
     trainer = SFTTrainer(
         model=model,
@@ -36,7 +36,7 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
     )
     trainer.train()
-    print(patched.report())
+    print(patched(model).report())
     trainer.save_model()
 
 

@@ -24,8 +24,10 @@ _EXPORTS = {
     "export_to_lora": "hf_fastpeft.export",
     "load_adapter": "hf_fastpeft.loading",
     "patch_model": "hf_fastpeft.patching",
+    "patched": "hf_fastpeft.patching",
     "plot_ranks": "hf_fastpeft.run.plots",
-    "register_family": "hf_fastpeft.patching",
+    "register_family": "hf_fastpeft.families",
+    "restore": "hf_fastpeft.patching",
     "train": "hf_fastpeft.run",
     "verify": "hf_fastpeft.verification",
 }
@@ -44,8 +46,10 @@ __all__ = [
     "export_to_lora",
     "load_adapter",
     "patch_model",
+    "patched",
     "plot_ranks",
     "register_family",
+    "restore",
     "train",
     "verify",
 ]

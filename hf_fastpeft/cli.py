@@ -142,7 +142,7 @@ def info() -> None:
 
     from hf_fastpeft import quickstart
     from hf_fastpeft.config.methods import METHODS, SHORTHANDS
-    from hf_fastpeft.patching import FAMILIES
+    from hf_fastpeft.families import FAMILIES
     from hf_fastpeft.run.report import versions
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -7,6 +7,7 @@ __all__ = [
     "DataError",
     "FastPeftError",
     "MissingPackageError",
+    "NotPatchedError",
     "NothingToPatchError",
     "RunExistsError",
     "UnknownFamilyError",
@@ -27,6 +28,10 @@ class AlreadyPatchedError(FastPeftError, RuntimeError):
 
 class NothingToPatchError(FastPeftError, ValueError):
     """The model's family is known but none of its blocks could be swapped."""
+
+
+class NotPatchedError(FastPeftError, ValueError):
+    """The model has none of our classes."""
 
 
 class AdapterError(FastPeftError, ValueError):

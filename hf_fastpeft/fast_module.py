@@ -37,6 +37,21 @@ class Readings(dict[str, tuple[dict[str, Any], Watch, tuple[Bundle, ...]]]):
 
 
 @dataclass(slots=True)
+class Origin:
+    """What ``patch_model`` found in a model; one for all sites of it.
+
+    Attributes:
+        model_type: architecture the model was recognised as.
+        skipped: module path -> why it was left alone.
+        unmatched: names of the family's classes that no module of the model has.
+    """
+
+    model_type: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
 class Site:
     """What a patched module remembers: its options and what happened to each of its blocks so far.
 
@@ -44,8 +59,9 @@ class Site:
     """
 
     impl: Impl
-    adapters: SideCache = field(default_factory=SideCache)  # these two are one for all sites of a model
+    adapters: SideCache = field(default_factory=SideCache)  # these three are one for all sites of a model
     routing: Routing = field(default_factory=Routing)
+    origin: Origin = field(default_factory=Origin)
     readings: Readings = field(default_factory=Readings)
     fused: Counter[str] = field(default_factory=Counter)
     stock: Counter[tuple[str, str]] = field(default_factory=Counter)  # (block, reason) -> calls
@@ -120,12 +136,6 @@ class FastModule(nn.Module):
     def tolerates(cls, forward: Any) -> bool:
         """Whether a module with this foreign instance ``forward`` can be patched all the same."""
         return False
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Before the linears' turn: savers want contiguous weights in memory of their own."""
-        self._fastpeft.readings.clear()
-        self._fastpeft.adapters.release(self, getattr(self, "linears", {}).values())
-        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Moves and casts: nothing of the old memory is to be kept."""

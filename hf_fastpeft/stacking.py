@@ -1,19 +1,27 @@
-"""Weights of linears over one input, moved behind each other in memory so that one product reads them all.
+"""Weights of linears over one input, next to each other in memory so that one product reads them all.
 
-Each weight stays a parameter of its module, now a view of the common buffer: state dicts, saving, merging and
-optimizers go on as before. What moves a parameter elsewhere (``model.to``, sharding) merely ends the neighbourhood:
-the blocks look at where the weights lie on every call and multiply one by one where they are apart.
-:mod:`hf_fastpeft.border` stacks them again where it may.
+Each weight stays a parameter of its module and has, for all who look, memory of its own: a storage that begins with
+its first element and ends with its last. Only the addresses tell that these storages are parts of one buffer. So
+state dicts, savers that look for shared memory, merging and optimizers write and read what they would without us. The
+parts are made through DLPack, which gives a part of a tensor's memory a storage of its own that keeps all of it alive.
+
+What moves a parameter elsewhere (``model.to``, sharding) merely ends the neighbourhood: the blocks look at where the
+weights lie, multiply one by one where they are apart, and :class:`Placement` puts them together again where it may.
 """
 
 from collections.abc import Iterable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack
 
 from hf_fastpeft.lowrank import is_plain
 
 __all__ = [
+    "Placement",
     "adjacent",
     "is_sharded",
     "owns_storage",
@@ -23,6 +31,11 @@ __all__ = [
     "unstack_weights",
     "weights_of",
 ]
+
+DEVICES = ("cpu", "cuda")  # where a part of a tensor's memory can get a storage of its own
+USERS = 2  # of a storage that one tensor has, while we hold the storage itself to ask
+# start address of a buffer -> its storage, as long as one of its parts is in use
+_buffers: dict[int, StorageWeakRef] = {}
 
 
 def weights_of(owner: nn.Module, names: Iterable[str]) -> list[nn.Parameter] | None:
@@ -75,7 +88,13 @@ def stack_weights(weights: Sequence[nn.Parameter]) -> bool:
     rows = [weight.shape[0] for weight in weights]
     with torch.no_grad():
         buffer = torch.cat([weight.data for weight in weights])
-        for weight, part in zip(weights, torch.split(buffer, rows), strict=True):
+        parts = torch.split(buffer, rows)
+        if not isinstance(buffer, FakeTensor):  # a trace has no memory that a saver could ask for
+            parts = tuple(from_dlpack(part) for part in parts)
+            for address in [address for address, storage in _buffers.items() if storage.expired()]:  # type: ignore[no-untyped-call]
+                del _buffers[address]
+            _buffers[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage())  # type: ignore[no-untyped-call]
+        for weight, part in zip(weights, parts, strict=True):
             weight.data = part
     return True
 
@@ -84,35 +103,57 @@ def _movable(weight: nn.Parameter, first: nn.Parameter) -> bool:
     return (
         isinstance(weight, nn.Parameter)
         and is_plain(weight)
-        and not weight.is_meta
+        and weight.device.type in DEVICES
+        and weight.numel() > 0
         and not hasattr(weight, "ds_id")  # partitioned by DeepSpeed
         and (weight.dtype, weight.device, weight.shape[1]) == (first.dtype, first.device, first.shape[1])
     )
 
 
 def unstack_weights(weights: Iterable[nn.Parameter]) -> None:
-    """Give each weight contiguous memory of its own again."""
+    """Give each weight contiguous memory outside of any buffer again."""
     for weight in weights:
-        if not owns_storage(weight):
-            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
 
-def owns_storage(*weights: torch.Tensor) -> bool:
-    """Whether the weights, all in the storage of the first, fill it to the last byte."""
-    return weights[0].untyped_storage().nbytes() == sum(weight.numel() * weight.element_size() for weight in weights)
+def owns_storage(weight: torch.Tensor) -> bool:
+    """Whether the weight fills its storage to the last byte."""
+    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+
+
+def _is_aliased(weight: torch.Tensor) -> bool:
+    """Whether another tensor lies in the weight's storage: a view, a state dict that somebody keeps."""
+    if isinstance(weight, FakeTensor) or weight.is_meta:
+        return False
+    storage = weight.untyped_storage()
+    return bool(torch._C._storage_Use_Count(storage._cdata) > USERS)
 
 
 def adjacent(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One view ``(O, I)`` over weights that lie behind each other in one storage with rows of one length.
+    """One view ``(O, I)`` over weights that lie behind each other in memory with rows of one length.
 
     None where they lie otherwise.
     """
     first = weights[0]
     if len(weights) == 1:
         return first
-    storage, stride, end = first.untyped_storage()._cdata, first.stride(), first.storage_offset()
-    if stride[1] != 1:
+    if isinstance(first, FakeTensor):
+        return _adjacent_views(weights)
+    end, width = first.data_ptr(), first.shape[1]
+    if end not in _buffers or _buffers[end].expired():  # type: ignore[no-untyped-call]
         return None
+    for weight in weights:
+        if weight.data_ptr() != end or weight.dtype != first.dtype or weight.shape[1] != width:
+            return None
+        if not weight.is_contiguous():
+            return None
+        end += weight.numel() * weight.element_size()
+    return span(weights)
+
+
+def _adjacent_views(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    first = weights[0]
+    storage, stride, end = first.untyped_storage()._cdata, first.stride(), first.storage_offset()
     for weight in weights:
         behind = weight.untyped_storage()._cdata == storage and weight.storage_offset() == end
         if not behind or weight.stride() != stride or weight.dtype != first.dtype:
@@ -124,5 +165,75 @@ def adjacent(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 def span(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """The view ``(O, I)`` over weights that are known to be :func:`adjacent`."""
     first = weights[0]
-    rows = sum(weight.shape[0] for weight in weights)
-    return first.detach().as_strided((rows, first.shape[1]), first.stride())
+    shape = sum(weight.shape[0] for weight in weights), first.shape[1]
+    if isinstance(first, FakeTensor):
+        return first.detach().as_strided(shape, first.stride())
+    storage = torch.UntypedStorage._new_with_weak_ptr(_buffers[first.data_ptr()].cdata)
+    assert storage is not None
+    with torch.no_grad():
+        return first.new_empty(0).set_(storage, 0, shape, first.stride())
+
+
+class Placement:
+    """Where the weights of one model's stacks lie: puts together again what was moved apart.
+
+    That happens at a fused call; a stack that must stay where it is is asked about again when it has moved. A weight
+    that belongs to several stacks goes into the first.
+    """
+
+    def __init__(self) -> None:
+        self._tried: dict[tuple[int, ...], tuple[int, ...]] = {}  # stack -> where it lay when it could not be stacked
+        self._moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
+        self._stacks: dict[int, tuple[int, ...]] = {}  # the stack of each moved weight
+
+    def __reduce__(self) -> tuple[type["Placement"], tuple[()]]:
+        """Copied and pickled weights have memory of their own."""
+        return Placement, ()
+
+    def stack(self, weights: Sequence[nn.Parameter]) -> bool:
+        """:func:`stack_weights`, to be undone by :meth:`restore`; not where others would notice."""
+        ids = tuple(map(id, weights))
+        if any(self._fixed(weight, ids) for weight in weights) or any(map(_is_aliased, weights)):
+            return False
+        if not stack_weights(weights):
+            return False
+        for weight in weights:
+            self._moved[id(weight)] = weight
+            self._stacks[id(weight)] = ids
+        return True
+
+    def restack(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Move weights that lie apart behind each other, as ``patch_model`` did before the model was moved."""
+        if any(type(weight) is not nn.Parameter for weight in weights):  # nor a trace's FakeTensor
+            return False
+        if not self.is_undecided(weights) or _not_now(weights) or any(map(_is_aliased, weights)):
+            return False
+        done = not any(weight.requires_grad for weight in weights) and self.stack(weights)  # type: ignore[arg-type]
+        self._tried[tuple(map(id, weights))] = tuple(weight.data_ptr() for weight in weights)
+        return done
+
+    def is_undecided(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these weights, where they lie now, were not yet found to be fixed there."""
+        return self._tried.get(tuple(map(id, weights))) != tuple(weight.data_ptr() for weight in weights)
+
+    def restore(self) -> None:
+        """Give every weight that was moved here memory of its own for good."""
+        unstack_weights(self._moved.values())
+        self._moved.clear()
+        self._stacks.clear()
+
+    def _fixed(self, weight: torch.Tensor, stack: tuple[int, ...]) -> bool:
+        """Whether this weight must stay where it is, as others know its memory or it belongs elsewhere."""
+        if hasattr(weight, "ds_id") or (id(weight) in self._moved and self._stacks[id(weight)] != stack):
+            return True
+        if isinstance(weight, FakeTensor) or weight.is_meta:
+            return False
+        in_shared_memory = not weight.is_cuda and weight.is_shared()  # type: ignore[no-untyped-call]
+        return in_shared_memory or not owns_storage(weight)
+
+
+def _not_now(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether nothing may be moved in this call: inside torch.compile, a mode, inference mode or a graph's capture."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+        return True
+    return weights[0].is_cuda and torch.cuda.is_current_stream_capturing()

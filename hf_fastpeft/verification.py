@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_fastpeft.fast_module import FastModule
-from hf_fastpeft.patching import patch_model, stock_forwards
+from hf_fastpeft.patching import patch_model, restore, stock_forwards
 
 __all__ = ["Comparison", "Verification", "verify"]
 
@@ -153,7 +153,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("verify: the model has no trainable parameter; add an adapter or unfreeze something")
-    patched_here = None if any(isinstance(m, FastModule) for m in model.modules()) else patch_model(model)
+    patched_here = not any(isinstance(m, FastModule) for m in model.modules())
+    if patched_here:
+        patch_model(model)
     try:
         fast_modules = [m for m in model.modules() if isinstance(m, FastModule)]
         before = [(sum(m._fastpeft.fused.values()), dict(m._fastpeft.stock)) for m in fast_modules]
@@ -190,7 +192,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
                 ]
                 reference = f"{FACTOR:g} times stock's own error, both against float32"
     finally:
-        if patched_here is not None:
-            patched_here.restore()
+        if patched_here:
+            restore(model)
     compared.sort(key=lambda c: c.name != "loss")
     return Verification(tuple(compared), fused_calls, reasons, reference)

@@ -6,7 +6,7 @@ from transformers.models.gemma3 import modeling_gemma3 as stock
 
 from hf_fastpeft.blocks.lm_head import HeadOptions
 from hf_fastpeft.causal_lm import CausalLMOutputWithLazyLogits, FastCausalLM
-from hf_fastpeft.patching import Family
+from hf_fastpeft.families import Family
 
 from . import gemma3_text
 

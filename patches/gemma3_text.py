@@ -5,8 +5,8 @@ from typing import ClassVar
 from transformers.models.gemma3 import modeling_gemma3 as stock
 
 from hf_fastpeft.causal_lm import FastCausalLM
+from hf_fastpeft.families import Family
 from hf_fastpeft.layers import FastAttention, FastBackbone, FastDecoderLayer, FastMLP, FastRMSNorm
-from hf_fastpeft.patching import Family
 
 __all__ = [
     "FAMILY",

@@ -3,8 +3,8 @@
 from transformers.models.llama import modeling_llama as stock
 
 from hf_fastpeft.causal_lm import FastCausalLM
+from hf_fastpeft.families import Family
 from hf_fastpeft.layers import FastAttention, FastBackbone, FastDecoderLayer, FastMLP, FastRMSNorm
-from hf_fastpeft.patching import Family
 
 __all__ = [
     "FAMILY",

@@ -6,8 +6,8 @@ import torch
 from transformers.models.mixtral import modeling_mixtral as stock
 
 from hf_fastpeft.experts import FastMoeCausalLM, StockExperts
+from hf_fastpeft.families import Family
 from hf_fastpeft.layers import FastAttention, FastBackbone, FastDecoderLayer, FastRMSNorm
-from hf_fastpeft.patching import Family
 
 __all__ = [
     "FAMILY",

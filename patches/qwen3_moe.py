@@ -5,8 +5,8 @@ from typing import ClassVar
 from transformers.models.qwen3_moe import modeling_qwen3_moe as stock
 
 from hf_fastpeft.experts import FastMoeCausalLM, StockExperts
+from hf_fastpeft.families import Family
 from hf_fastpeft.layers import FastAttention, FastBackbone, FastDecoderLayer, FastMLP, FastRMSNorm
-from hf_fastpeft.patching import Family
 
 __all__ = [
     "FAMILY",

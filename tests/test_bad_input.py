@@ -6,7 +6,7 @@ from adapters import adapted_llama, token_batch, twin
 from numerics import FLOAT64_REL, rel_err
 from tiny import tiny_llama
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 
 BATCH = token_batch()
 
@@ -22,7 +22,7 @@ def layer_inputs(dtype=torch.float64):
 def test_inputs_that_are_not_contiguous():
     stock = adapted_llama("sora")
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     runs = []
     for model in (stock, fast):
         x, cos_sin = layer_inputs()
@@ -30,28 +30,28 @@ def test_inputs_that_are_not_contiguous():
         out = model.get_base_model().model.layers[0](x, position_embeddings=cos_sin, attention_mask=None)
         runs.append((out.detach(), *torch.autograd.grad(out.transpose(0, 1).square().sum(), x)))
     assert all(rel_err(a, b) < FLOAT64_REL for a, b in zip(runs[1], runs[0], strict=True))
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 1
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 1
 
 
 def test_one_linear_of_another_dtype_runs_its_block_stock():
     model = adapted_llama("lora", torch.bfloat16, adapter_float32=True)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     model.get_base_model().model.layers[0].mlp.up_proj.base_layer.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # casts both
         model(**BATCH).loss.backward()
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 2
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 2
     with pytest.raises(RuntimeError, match="same dtype"):  # what stock says
         model(**BATCH)
-    reasons = patched.to_json()["blocks"]["mlp"]["calls_stock"]
+    reasons = handle.to_json()["blocks"]["mlp"]["calls_stock"]
     assert list(reasons) == ["mixed dtypes: input torch.bfloat16, weights torch.bfloat16"]
 
 
 def test_a_model_on_meta_can_be_patched_and_runs_stock():
     with torch.device("meta"):
         model = tiny_llama()
-    patched = patch_model(model.train())
+    handle = patched(patch_model(model.train()))
     assert model(input_ids=BATCH["input_ids"].to("meta")).logits.is_meta
-    for name, row in patched.to_json()["blocks"].items():
+    for name, row in handle.to_json()["blocks"].items():
         if name in ("attention_in", "attention_out", "mlp", "rms_norm"):
             assert row["fused"] == 0
             assert all("meta" in reason for reason in row["stock"])
@@ -95,7 +95,7 @@ def test_a_dispatched_models_hooks_keep_working():
 
     stock = adapted_llama("lora")
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     fast = dispatch_model(fast, device_map={"": "cpu"}, force_hooks=True)
     assert rel_err(fast(**BATCH).loss.detach(), stock(**BATCH).loss.detach()) < FLOAT64_REL
-    assert patched.report()
+    assert handle.report()

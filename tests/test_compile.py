@@ -15,7 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 
 BATCH = token_batch()
 LAYERS = 2
@@ -80,7 +80,7 @@ def all_fused(norms=0):
 def test_a_peft_model_compiles_whole(method):
     stock = adapted_llama(method)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     run, graphs = compiled(fast)
     for seed in range(3):
         batch = token_batch(seed=seed)
@@ -88,7 +88,7 @@ def test_a_peft_model_compiles_whole(method):
         assert_equal_steps(got, step(stock, batch))
     assert len(graphs) == 1
     assert graphs.operators() == all_fused()
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 2  # once each: as they were traced
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 2  # once each: as they were traced
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
@@ -165,7 +165,7 @@ def test_what_changes_after_compilation_is_seen():
         if "lora_B.other" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     run, graphs = compiled(fast, backend=lambda module, inputs: module)
     torch._dynamo.config.recompile_limit, before = 64, torch._dynamo.config.recompile_limit
     seen = []
@@ -174,7 +174,7 @@ def test_what_changes_after_compilation_is_seen():
         got, want = compiled_step(run, fast, BATCH), step(stock, BATCH)
         assert_equal_steps(got, want)
         seen.append(want[0].item())
-        return patched.to_json()["blocks"][block]
+        return handle.to_json()["blocks"][block]
 
     def both(change):
         change(stock)
@@ -198,12 +198,12 @@ def test_what_changes_after_compilation_is_seen():
             assert rel_err(run(**BATCH).loss, want) < FLOAT64_REL
             seen.append(want.item())
         check()
-        assert not patched.to_json()["blocks"]["mlp"]["calls_stock"]
+        assert not handle.to_json()["blocks"]["mlp"]["calls_stock"]
         both(lambda model: model.merge_adapter())
         with torch.enable_grad():
             want = stock(**BATCH).loss
             assert rel_err(run(**BATCH).loss, want) < FLOAT64_REL
-        assert "gate_proj: adapter merged" in patched.to_json()["blocks"]["mlp"]["calls_stock"]
+        assert "gate_proj: adapter merged" in handle.to_json()["blocks"]["mlp"]["calls_stock"]
         both(lambda model: model.unmerge_adapter())
         check()
         both(lambda model: model.delete_adapter("other"))
@@ -214,7 +214,7 @@ def test_what_changes_after_compilation_is_seen():
         check()
         fast.train()
         stock.train()
-        patched.restore()
+        handle.restore()
         check_graphs = len(graphs)
         assert_equal_steps(compiled_step(run, fast, BATCH), step(stock, BATCH))
         assert len(graphs) == check_graphs + 1
@@ -262,7 +262,7 @@ def test_single_layers_compile_inside_an_eager_model():
     """The model around them keeps its fused head, and its routing leaves such layers alone."""
     stock = adapted_llama("lora", torch.float32)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     graphs = Graphs()
     for layer in fast.get_base_model().model.layers:
         layer.compile(backend=graphs, fullgraph=True)
@@ -270,7 +270,7 @@ def test_single_layers_compile_inside_an_eager_model():
         batch = token_batch(seed=seed)
         assert_equal_steps(step(fast, batch), step(stock, batch), tol=1e-5)
     assert graphs.operators() == dict.fromkeys(BLOCKS, len(graphs))
-    data = patched.to_json()
+    data = handle.to_json()
     assert data["blocks"]["lm_head"]["calls_fused"] == 3
     assert data["routing"]["obstacle"] == "LlamaDecoderLayer is compiled"
 
@@ -304,16 +304,16 @@ def test_checkpointing(whole, reentrant):
 
 def test_dropout_runs_stock_and_is_reported():
     model = adapted_llama("lora", torch.float32, config={"lora_dropout": 0.5}, num_hidden_layers=1)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     run, graphs = compiled(model)
     for _ in range(2):
         run(**BATCH).loss.backward()
-    row = patched.to_json()["blocks"]["mlp"]
+    row = handle.to_json()["blocks"]["mlp"]
     assert (row["calls_fused"], row["calls_stock"]) == (0, {"dropout inside torch.compile": 1})  # traced once
     model.eval()
     run(**BATCH).loss.backward()
     assert graphs[1:]
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 1
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:AdaLoRA. ranks are not being allocated")
@@ -321,10 +321,10 @@ def test_adalora_runs_stock_and_is_reported():
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["down_proj"])
     stock = get_peft_model(tiny_llama(torch.float32, num_hidden_layers=1), config).train()
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     run, graphs = compiled(fast.get_base_model(), backend=lambda module, inputs: module)
     torch.testing.assert_close(run(**BATCH).loss, stock.get_base_model()(**BATCH).loss)
-    assert patched.to_json()["blocks"]["mlp"]["calls_stock"] == {"down_proj: AdaLoRA inside torch.compile": 1}
+    assert handle.to_json()["blocks"]["mlp"]["calls_stock"] == {"down_proj: AdaLoRA inside torch.compile": 1}
     assert set(graphs.operators()) == {"attention_in_forward", "attention_out_forward", "norm_forward"}
 
 
@@ -406,10 +406,10 @@ def lora_B(model):
 
 def test_an_exported_model_is_stocks():
     model = adapted_llama("lora", torch.float32).get_base_model()
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     program = torch.export.export(model, (), {"input_ids": BATCH["input_ids"], "use_cache": False}, strict=False)
     assert not [node for node in program.graph.nodes if getattr(node.target, "namespace", None) == "hf_fastpeft"]
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 0
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 0
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapters import adapted_llama, twin
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 
 STEPS, ROWS, LENGTH = 200, 4, 12
 BOUND = 1e-3
@@ -64,9 +64,9 @@ def losses(model, kind):
 def test_patched_and_stock_learn_alike(method, kind):
     stock = adapted_llama(method, torch.float32, initializer_range=0.2)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     want, got = losses(stock, kind), losses(fast, kind)
     assert want[-20:].mean() < 0.75 * want[:5].mean(), "nothing was learned: the test would show nothing"
     assert (got - want).abs().max() < BOUND
-    rows = patched.to_json()["blocks"]
+    rows = handle.to_json()["blocks"]
     assert all(row["calls_fused"] and not row["calls_stock"] for name, row in rows.items() if name != "routing")

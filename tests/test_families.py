@@ -17,10 +17,10 @@ from tiny import VOCAB_SIZE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
+from hf_fastpeft.families import FAMILIES, families_table
 from hf_fastpeft.layers import FastAttention, FastRMSNorm
 from hf_fastpeft.ops.rms_norm import rms_norm_torch
-from hf_fastpeft.patching import FAMILIES, families_table
 
 README = Path(__file__).parents[1] / "README.md"
 WINDOW = 6  # shorter than the batches
@@ -143,7 +143,7 @@ def pair(family, dtype=torch.float64, **kwargs):
     """``(stock, fast, patched)``."""
     stock = adapted(family, dtype, **kwargs)
     fast = twin(stock)
-    return stock, fast, patch_model(fast)
+    return stock, fast, patched(patch_model(fast))
 
 
 def test_each_family_has_a_tiny_model():
@@ -159,13 +159,13 @@ def test_the_norm_of_these_tests_is_stocks(family):
 
 @families
 def test_loss_logits_and_every_gradient_in_float64(family):
-    stock, fast, patched = pair(family)
+    stock, fast, handle = pair(family)
     batch = batch_of(family)
     assert_parity(stock, fast, batch)
     with norms_in_float64(fast):
         assert_parity(stock, fast, batch)
         assert rel_err(fast.eval()(**batch).logits, stock.eval()(**batch).logits) < FLOAT64_REL
-    blocks = patched.to_json()["blocks"]
+    blocks = handle.to_json()["blocks"]
     assert not {why for row in blocks.values() for why in row["calls_stock"]} - {
         "float64 model (stock computes this norm in float32)",
         "float64 model (stock computes the loss in float32)",
@@ -192,7 +192,7 @@ def pooled(runs):
 )
 def test_low_precision_is_no_worse_than_stock(family, dtype, autocast):
     """Experts are left out in bfloat16: a rounding that moves a token to another expert is no measure."""
-    stock, fast, patched = pair(family, dtype)
+    stock, fast, handle = pair(family, dtype)
     exact = twin(stock).double()
     runs = []
     for seed in range(4):
@@ -208,7 +208,7 @@ def test_low_precision_is_no_worse_than_stock(family, dtype, autocast):
     for name in want:
         assert got[name].dtype == base[name].dtype
         assert_no_worse(name, got[name], base[name], want[name])
-    blocks = patched.to_json()["blocks"]
+    blocks = handle.to_json()["blocks"]
     reasons = {why for row in blocks.values() for why in row["calls_stock"]}
     assert reasons == ({"mixture of experts"} if family in MOE else set())
 
@@ -231,9 +231,9 @@ def test_training_follows_stock(family):
 
 @families
 def test_every_block_of_every_layer_is_fused_or_said_not_to_be(family):
-    _, fast, patched = pair(family, torch.float32)
+    _, fast, handle = pair(family, torch.float32)
     step(fast, BATCH)
-    data = patched.to_json()
+    data = handle.to_json()
     assert data["unmatched"] == []
     assert data["skipped"] == {}
     blocks = data["blocks"]
@@ -268,9 +268,9 @@ def test_the_saved_adapter_is_stocks(family, tmp_path):
 
 @families
 def test_restore_is_bitwise_and_leaves_no_trace(family):
-    stock, fast, patched = pair(family, torch.float32)
+    stock, fast, handle = pair(family, torch.float32)
     step(fast, BATCH)
-    patched.restore()
+    handle.restore()
     assert [type(m) for m in fast.modules()] == [type(m) for m in stock.modules()]
     assert [set(vars(m)) for m in fast.modules()] == [set(vars(m)) for m in stock.modules()]
     want, got = step(stock, BATCH), step(fast, BATCH)
@@ -306,11 +306,11 @@ def test_partial_targets_ranks_and_attention_implementations(family, attention):
     """Linears without an adapter beside those with one, each of a rank of its own."""
     names = first_and_last(family)
     config = {"target_modules": [*names, "o_proj"], "rank_pattern": {names[-1]: 9, "o_proj": 1}}
-    stock, fast, patched = pair(family, config=config, attn_implementation=attention)
+    stock, fast, handle = pair(family, config=config, attn_implementation=attention)
     batch = batch_of("gemma2")
     with norms_in_float64(fast):
         assert_parity(stock, fast, batch)
-        row = patched.to_json()["blocks"]["attention_in"]
+        row = handle.to_json()["blocks"]["attention_in"]
     assert (row["calls_fused"], row["calls_stock"]) == (2, {})
     assert fast.get_base_model().config._attn_implementation == attention
     if attention == "eager":
@@ -380,13 +380,13 @@ def test_packed_rows(family):
 @families
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_recomputes_and_agrees(family, use_reentrant):
-    stock, fast, patched = pair(family)
+    stock, fast, handle = pair(family)
     for model in (m.get_base_model() for m in (stock, fast)):
         model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     with norms_in_float64(fast):
         assert_parity(stock, fast, batch_of(family))
-    assert patched.to_json()["blocks"]["attention_in"]["calls_fused"] == 4  # two layers, forward and recompute
+    assert handle.to_json()["blocks"]["attention_in"]["calls_fused"] == 4  # two layers, forward and recompute
 
 
 @families
@@ -428,14 +428,14 @@ def test_router_noise_and_router_logits():
         with norms_in_float64(fast):
             losses.append(step(model, BATCH)[0])
     assert rel_err(*losses) < FLOAT64_REL
-    stock, fast, patched = pair("mixtral", torch.float32)
+    stock, fast, handle = pair("mixtral", torch.float32)
     out = fast(**BATCH)
     assert out.aux_loss is None
     assert out.router_logits is None
     got, want = (model(**BATCH, output_router_logits=True) for model in (fast, stock))
     torch.testing.assert_close(got.aux_loss, want.aux_loss)
     torch.testing.assert_close(got.loss, want.loss)
-    assert patched.to_json()["blocks"]["lm_head"]["calls_stock"] == {"router logits": 1}
+    assert handle.to_json()["blocks"]["lm_head"]["calls_stock"] == {"router logits": 1}
 
 
 def with_images():
@@ -447,10 +447,10 @@ def with_images():
 
 def test_images():
     """Gemma 3's vision tower and head run stock where there are images; its language model does not."""
-    stock, fast, patched = pair("gemma3", torch.float32)
+    stock, fast, handle = pair("gemma3", torch.float32)
     batch = with_images()
     assert_parity(stock, fast, batch, tol=1e-4)
-    blocks = patched.to_json()["blocks"]
+    blocks = handle.to_json()["blocks"]
     assert (blocks["attention_in"]["calls_fused"], blocks["mlp"]["calls_fused"]) == (2, 2)
     assert list(blocks["lm_head"]["calls_stock"]) == ["images: their hidden states are part of the output"]
     assert fast(input_ids=batch["labels"] % IMAGE_TOKEN, labels=batch["labels"]).image_hidden_states is None
@@ -465,10 +465,10 @@ def test_trls_head(family):
     fast = twin(stock)
     for model in (stock, fast):
         add_fused_lm_head(model.get_base_model())
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     batch = {**(with_images() if family == "gemma3" else BATCH), "fused_lm_head": True}
     assert_parity(stock, fast, batch, tol=1e-4)
-    row = patched.to_json()["blocks"]["lm_head"]
+    row = handle.to_json()["blocks"]["lm_head"]
     assert (row["fused"], row["calls_fused"], row["calls_stock"]) == (1, 1, {})
 
 
@@ -477,18 +477,18 @@ def test_trls_head(family):
     ["silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"],
 )
 def test_activations_by_their_name_in_configs(activation):
-    stock, fast, patched = pair("llama", hidden_act=activation)
+    stock, fast, handle = pair("llama", hidden_act=activation)
     assert_parity(stock, fast)
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 2
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 2
 
 
 @pytest.mark.parametrize(
     ("family", "name"), [("llama", "hidden_act"), ("gemma2", "hidden_activation"), ("phi3", "hidden_act")]
 )
 def test_unknown_activation_runs_stock(family, name):
-    stock, fast, patched = pair(family, **{name: "relu"})
+    stock, fast, handle = pair(family, **{name: "relu"})
     assert_parity(stock, fast, batch_of(family))
-    row = patched.to_json()["blocks"]["mlp"]
+    row = handle.to_json()["blocks"]["mlp"]
     assert row["stock"] == row["calls_stock"] == {"activation ReLU": 2}
 
 
@@ -501,14 +501,14 @@ def test_replaced_modules_run_as_they_are():
     first.post_attention_layernorm = torch.nn.LayerNorm(32, dtype=torch.float64)
     second.self_attn.q_norm = torch.nn.Identity()
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     with norms_in_float64(fast):
         assert_parity(stock, fast)
-        blocks = patched.to_json()["blocks"]
-    assert patched.skipped == {
+        blocks = handle.to_json()["blocks"]
+    assert handle.to_json()["skipped"] == {
         "base_model.model.model.layers.0.self_attn": "OtherAttention derives from Qwen3Attention"
     }
-    assert "OtherAttention derives from Qwen3Attention" in patched.report()
+    assert "OtherAttention derives from Qwen3Attention" in handle.report()
     assert blocks["attention_in"]["stock"] == blocks["attention_in"]["calls_stock"] == {"q_norm is Identity": 1}
     assert blocks["attention_out"]["calls_fused"] == 1
     assert blocks["mlp"]["calls_fused"] == 2

@@ -8,7 +8,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tiny import tiny_llama
 
 from benchmarks.trace import LaunchCounter
-from hf_fastpeft import AdaLoraCallback, AdaptiveLoraConfig, SoraConfig, patch_model
+from hf_fastpeft import AdaLoraCallback, AdaptiveLoraConfig, SoraConfig, patch_model, patched
 
 pytestmark = [
     # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, PeftModel.__init__).
@@ -32,14 +32,14 @@ def launches(method, layers):
     if "Ada" in type(config).__name__:  # PEFT's own loss has an orthogonality term without the callback
         callback.on_init_end(None, state, None, model=model)
         callback.on_train_begin(type("Args", (), {"deepspeed": None})(), state, None, model=model)
-    patched = patch_model(model, impl="torch")
+    handle = patched(patch_model(model, impl="torch"))
     batch = token_batch()
     for _ in range(2):  # copies are made in the first forward and put in line in the second
         model(**batch).loss.backward()
     model.zero_grad()
     with LaunchCounter() as counter:
         model(**batch).loss.backward()
-    assert not any(row["calls_stock"] for row in patched.to_json()["blocks"].values())
+    assert not any(row["calls_stock"] for row in handle.to_json()["blocks"].values())
     return counter.phases["forward"].operators
 
 

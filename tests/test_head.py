@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import find_labels
 
-from hf_fastpeft import causal_lm, patch_model
+from hf_fastpeft import causal_lm, patch_model, patched
 from hf_fastpeft.blocks import lm_head
 from hf_fastpeft.causal_lm import FastCausalLM, LazyLogits
 from hf_fastpeft.fast_module import Site
@@ -292,18 +292,18 @@ def test_accelerates_conversion_keeps_the_logits_lazy_and_real(wrapped):
 @pytest.mark.usefixtures("one_precision")
 def test_under_accelerates_wrapper_the_report_restore_and_unwrapping_are_right():
     model = tiny_llama().train()
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     model.lm_head.requires_grad_(False)
     want = model(**BATCH).loss
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
     prepared(**BATCH)
-    assert patched.to_json()["blocks"]["lm_head"]["stock"] == {}
+    assert handle.to_json()["blocks"]["lm_head"]["stock"] == {}
     assert head_calls(model) == (2, {})
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert torch.equal(unwrapped(**BATCH).loss, want)
     prepared = accelerator.prepare(unwrapped)
-    patched.restore()
+    handle.restore()
     assert type(prepared(**BATCH)) is CausalLMOutputWithPast
 
 
@@ -315,16 +315,16 @@ def test_accelerate_hooks_on_the_causal_lm(method):
     want = causal(model)(**BATCH).loss
     if method.endswith("before"):
         add_hook_to_module(causal(model), ModelHook())
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     if method.endswith("after"):
         add_hook_to_module(causal(model), ModelHook())
     torch.testing.assert_close(model(**BATCH).loss, want)
     assert head_calls(model) == (1, {})
-    assert patched.to_json()["blocks"]["lm_head"]["fused"] == 1
+    assert handle.to_json()["blocks"]["lm_head"]["fused"] == 1
     remove_hook_from_module(causal(model))
     model(**BATCH)
     assert head_calls(model) == (2, {})
-    patched.restore()
+    handle.restore()
     assert "forward" not in vars(causal(model))
     assert torch.equal(model(**BATCH).loss, want)
 
@@ -367,12 +367,12 @@ def test_what_cannot_be_exact_runs_stock(state):
     fast = twin(stock)
     for model in (stock, fast):
         state(model)
-    patched = patch_model(fast, only="LlamaForCausalLM")
+    handle = patched(patch_model(fast, only="LlamaForCausalLM"))
     want, got = stock(**BATCH), fast(**BATCH)
     assert type(got) is type(want)
     assert torch.equal(got[0], want[0])
     assert head_calls(fast) == (0, {STATES[state]: 1})
-    assert STATES[state] in patched.report()
+    assert STATES[state] in handle.report()
 
 
 @pytest.mark.parametrize(
@@ -389,13 +389,13 @@ def test_what_cannot_be_exact_runs_stock(state):
 def test_adapted_heads_are_exact(config, overrides, reason):
     stock = adapted_llama("lora", torch.float32, config=config, **overrides)
     fast = twin(stock)
-    patched = patch_model(fast, only="LlamaForCausalLM")
+    handle = patched(patch_model(fast, only="LlamaForCausalLM"))
     want_loss, want = step(stock, BATCH)
     got_loss, got = step(fast, BATCH)
     assert got.keys() == want.keys()
     if reason is not None:
         assert head_calls(fast) == (0, {reason: 1})
-        assert patched.to_json()["blocks"]["lm_head"]["stock"] == {reason: 1}
+        assert handle.to_json()["blocks"]["lm_head"]["stock"] == {reason: 1}
         assert torch.equal(got_loss, want_loss)
     assert all(rel_err(got[n], want[n]) < 1e-5 for n in want)
 
@@ -461,20 +461,20 @@ def test_positional_arguments_and_stocks_own_errors():
 
 def test_float64_models_keep_stocks_float32_loss():
     model = adapted_llama("lora", torch.float64)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     want = adapted_llama("lora", torch.float64)(**BATCH).loss
     assert rel_err(model(**BATCH).loss, want) < FLOAT64_REL
     reason = "float64 model (stock computes the loss in float32)"
     assert head_calls(model) == (0, {reason: 1})
-    assert patched.to_json()["blocks"]["lm_head"]["stock"] == {reason: 1}
+    assert handle.to_json()["blocks"]["lm_head"]["stock"] == {reason: 1}
 
 
 def test_a_forward_replaced_on_the_class_is_respected(monkeypatch):
     model = adapted_llama("lora", torch.float32)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, *args, **kwargs: "theirs")
     assert model(**BATCH) == "theirs"
-    assert f"LlamaForCausalLM.forward was replaced by {__name__}" in patched.report()
+    assert f"LlamaForCausalLM.forward was replaced by {__name__}" in handle.report()
 
 
 def test_a_head_that_does_not_fit_the_config_is_stocks_to_refuse():
@@ -532,7 +532,7 @@ def test_signatures_are_stocks():
 def test_copies_pickles_and_restore():
     model = adapted_llama("lora", torch.float32)
     stock_loss = step(model, BATCH)[0]
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     want = step(model, BATCH)[0]
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -542,7 +542,7 @@ def test_copies_pickles_and_restore():
         assert torch.equal(step(other, BATCH)[0], want)
         assert head_calls(other) == (before + 1, {})
     held = causal(model).forward
-    patched.restore()
+    handle.restore()
     assert causal(model).forward.__func__ is LlamaForCausalLM.forward
     for out in (model(**BATCH), held(**BATCH)):
         assert type(out) is CausalLMOutputWithPast
@@ -683,10 +683,10 @@ def test_functional_transforms_and_global_hooks_run_stock():
 
 def test_a_foreign_forward_on_the_instance_is_reported():
     model = adapted_llama("lora", torch.float32)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     causal(model).forward = lambda *args, **kwargs: None
     assert model(**BATCH) is None
-    assert "stock now: foreign forward on this instance" in patched.report()
+    assert "stock now: foreign forward on this instance" in handle.report()
 
 
 def test_generation_is_stocks():

@@ -112,9 +112,9 @@ def test_fused_blocks(name, base):
     model, batch = toy(name, base)
     if name == "adalora":
         AdaLoraCallback().on_init_end(None, None, None, model=model)
-    patched = hf_fastpeft.patch_model(model)
+    handle = hf_fastpeft.patched(hf_fastpeft.patch_model(model))
     model(**batch).loss.backward()
-    blocks = patched.to_json()["blocks"]
+    blocks = handle.to_json()["blocks"]
     assert set(blocks) == set(BLOCKS)
     assert {block for block, row in blocks.items() if row["calls_stock"]} == set(FACTS[name].stock)
     assert all(row["calls_fused"] for block, row in blocks.items() if block not in FACTS[name].stock)

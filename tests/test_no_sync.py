@@ -55,8 +55,8 @@ def test_a_patched_layer_never_waits(method, checkpointing):
         with Waits() as waits:
             backbone(**inputs).last_hidden_state.sum().backward()
         found.append(waits.found)
-    stock, patched = found
-    assert patched == stock  # the model's own, before its layers
+    stock, handle = found
+    assert handle == stock  # the model's own, before its layers
 
 
 def test_the_head_waits_only_to_find_its_rows():
@@ -68,8 +68,8 @@ def test_the_head_waits_only_to_find_its_rows():
         with Waits() as waits:
             model(**token_batch()).loss.backward()
         found.append(waits.found)
-    stock, patched = found
-    assert len(patched) <= len(stock) + 1, patched
+    stock, handle = found
+    assert len(handle) <= len(stock) + 1, handle
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -91,8 +91,8 @@ def test_trls_head_waits_only_to_find_its_rows(shifted):
             loss.backward()
         assert backward.found == []
         found.append(forward.found)
-    stock, patched = found
-    assert len(patched) <= len(stock) + 1, patched
+    stock, handle = found
+    assert len(handle) <= len(stock) + 1, handle
 
 
 @pytest.mark.gpu

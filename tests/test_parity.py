@@ -7,7 +7,7 @@ from numerics import FLOAT64_REL, assert_no_worse, rel_err
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 
 BATCH = token_batch()
 LINEAR_BLOCKS = ("attention_in", "attention_out", "mlp")
@@ -21,19 +21,19 @@ pytestmark = [
 def test_loss_and_every_gradient_in_float64(method, biases):
     stock = adapted_llama(method, attention_bias=biases, mlp_bias=biases)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert_parity(stock, fast)
     for block in LINEAR_BLOCKS:
-        assert calls(patched)[block] == (2, {})
+        assert calls(handle)[block] == (2, {})
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["o_proj", "gate_proj"], ["k_proj"]])
 def test_partial_targets_stay_fused(targets):
     stock = adapted_llama("lora", config={"target_modules": targets})
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert_parity(stock, fast)
-    assert calls(patched)["attention_in"] == (2, {})
+    assert calls(handle)["attention_in"] == (2, {})
 
 
 def test_different_ranks_a_module():
@@ -46,17 +46,17 @@ def test_different_ranks_a_module():
 def test_full_fine_tuning_without_adapters():
     stock = tiny_llama(torch.float64, attention_bias=True, mlp_bias=True).train()
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert_parity(stock, fast)
-    assert calls(patched)["mlp"] == (2, {})
+    assert calls(handle)["mlp"] == (2, {})
 
 
 def test_trained_norms_in_float32():
     stock = adapted_llama("lora", torch.float32, config={"modules_to_save": ["input_layernorm", "norm"]})
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert_parity(stock, fast, tol=2e-5)
-    assert calls(patched)["rms_norm"] == (5, {})
+    assert calls(handle)["rms_norm"] == (5, {})
 
 
 def pooled(tensors):
@@ -74,7 +74,7 @@ def test_low_precision_is_no_worse_than_stock(method, dtype, autocast, adapter_f
     """Errors over four batches together, and over all gates: a few numbers can be exact by luck."""
     stock = adapted_llama(method, dtype, adapter_float32)
     fast, exact = twin(stock), twin(stock).double()
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     runs = []
     for seed in range(4):
         batch = token_batch(seed=seed)
@@ -87,30 +87,30 @@ def test_low_precision_is_no_worse_than_stock(method, dtype, autocast, adapter_f
     for name in want:
         assert got[name].dtype == base[name].dtype
         assert_no_worse(name, *(torch.stack([run[i][name] for run in runs]).detach() for i in range(3)))
-    assert all(stock_calls == {} for _, stock_calls in calls(patched).values())
+    assert all(stock_calls == {} for _, stock_calls in calls(handle).values())
 
 
 def test_patching_before_peft_equals_patching_after():
     torch.manual_seed(1)
     before = tiny_llama(torch.float64)
-    patched = patch_model(before)
+    handle = patched(patch_model(before))
     before = get_peft_model(before, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
     stock = get_peft_model(tiny_llama(torch.float64), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
     stock.load_state_dict(before.state_dict())
     assert_parity(stock.train(), before.train())
-    assert calls(patched)["mlp"] == (2, {})
+    assert calls(handle)["mlp"] == (2, {})
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_recomputes_and_agrees(use_reentrant):
     stock = adapted_llama("lora")
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     for model in (m.get_base_model() for m in (stock, fast)):
         model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_parity(stock, fast)
-    assert calls(patched)["mlp"] == (4, {})  # two layers, forward and recompute
+    assert calls(handle)["mlp"] == (4, {})  # two layers, forward and recompute
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -119,7 +119,7 @@ def test_dropout_draws_the_masks_that_stock_draws(dtype, checkpointing):
     """The same elements are dropped, in the same order of the generator's stream, and nothing is kept of them."""
     stock = adapted_llama("lora", dtype, config={"lora_dropout": 0.3})
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     runs = []
     for model in (stock, fast):
         if checkpointing:
@@ -133,7 +133,7 @@ def test_dropout_draws_the_masks_that_stock_draws(dtype, checkpointing):
     assert all(rel_err(got_grads[name], grads[name]) < tol for name in grads)
     assert torch.equal(state, got_state)
     for block in LINEAR_BLOCKS:
-        assert calls(patched)[block] == (4 if checkpointing else 2, {})
+        assert calls(handle)[block] == (4 if checkpointing else 2, {})
     torch.manual_seed(8)
     assert rel_err(step(fast, BATCH)[0], loss) > 1e-4  # other masks, another loss
 
@@ -145,9 +145,9 @@ def test_bias_of_the_adapter():
             if "lora_B" in name and name.endswith("bias"):
                 parameter.normal_()
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert_parity(stock, fast)
-    assert all(calls(patched)[block] == (2, {}) for block in LINEAR_BLOCKS)
+    assert all(calls(handle)[block] == (2, {}) for block in LINEAR_BLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -164,18 +164,18 @@ def test_bias_of_the_adapter():
 def test_partial_and_mixed_targets_are_fused(config):
     stock = adapted_llama("lora", config=config, attention_bias="bias" in config)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert_parity(stock, fast)
-    assert all(calls(patched)[block] == (2, {}) for block in LINEAR_BLOCKS)
+    assert all(calls(handle)[block] == (2, {}) for block in LINEAR_BLOCKS)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_initialisations_that_change_the_base_weight(init):
     stock = adapted_llama("lora", torch.float32, config={"init_lora_weights": init})
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert_parity(stock, fast, tol=2e-5)
-    assert all(calls(patched)[block] == (2, {}) for block in LINEAR_BLOCKS)
+    assert all(calls(handle)[block] == (2, {}) for block in LINEAR_BLOCKS)
 
 
 def test_optimizer_steps_are_seen_without_a_version():
@@ -249,9 +249,9 @@ def test_the_backbone_keeps_its_signature():
 
     model = tiny_llama()
     want = inspect.signature(model.model.forward)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     assert inspect.signature(model.model.forward) == want
-    patched.restore()
+    handle.restore()
     assert inspect.signature(model.model.forward) == want
 
 
@@ -260,13 +260,13 @@ def test_a_model_that_is_deleted_frees_its_memory_at_once():
     import weakref
 
     model = adapted_llama("lora", torch.float32)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     step(model, BATCH)
     weight = weakref.ref(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight)
     gc.collect()
     gc.disable()
     try:
-        del model, patched
+        del model, handle
         assert weight() is None
     finally:
         gc.enable()
@@ -274,11 +274,11 @@ def test_a_model_that_is_deleted_frees_its_memory_at_once():
 
 def test_replicas_of_data_parallel_run_stock():
     model = adapted_llama("lora", torch.float32)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     for module in model.modules():
         module._is_replica = True
     model(**BATCH).loss.backward()
-    assert set(calls(patched)["mlp"][1]) == {"a replica of DataParallel"}
+    assert set(calls(handle)["mlp"][1]) == {"a replica of DataParallel"}
 
 
 def test_two_forwards_before_a_backward():

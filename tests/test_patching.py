@@ -10,7 +10,7 @@ from numerics import FLOAT64_REL, rel_err
 from peft import LoraConfig, get_peft_model
 from tiny import CACHE, tiny_llama
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, UnknownFamilyError
 from hf_fastpeft.fast_module import FastModule
 
@@ -66,27 +66,27 @@ def test_what_cannot_be_exact_runs_stock_bit_for_bit(state):
     for model in (stock, fast):
         torch.manual_seed(3)
         state(model)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     torch.manual_seed(4)
     want = stock(**BATCH)
     torch.manual_seed(4)
     got = fast(**BATCH)
     assert torch.equal(got.logits, want.logits)
     for block in LINEAR_BLOCKS:
-        fused, reasons = calls(patched)[block]
+        fused, reasons = calls(handle)[block]
         assert fused == 0
         assert all(STATES[state] in reason for reason in reasons), reasons
-    assert STATES[state] in patched.report()
+    assert STATES[state] in handle.report()
 
 
 @pytest.mark.parametrize(("config", "reason"), [({"use_dora": True}, "LoRA variant DoraLinearVariant")])
 def test_lora_options_without_a_fused_form_run_stock(config, reason):
     stock = adapted_llama("lora", config=config, attention_bias=True, mlp_bias=True)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     assert torch.equal(fast(**BATCH).logits, stock(**BATCH).logits)
     for block in LINEAR_BLOCKS:
-        ((why, n),) = calls(patched)[block][1].items()
+        ((why, n),) = calls(handle)[block][1].items()
         assert reason in why
         assert n == 2
 
@@ -95,21 +95,21 @@ def test_states_are_followed_within_a_run():
     """Disable, merge, unmerge and enable between steps: each forward does what stock does in that state."""
     stock = adapted_llama("lora")
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     for change in ("disable_adapter_layers", "enable_adapter_layers", "merge_adapter", "unmerge_adapter"):
         for model in (stock, fast):
             getattr(model, change, None) or getattr(model.base_model, change)
             getattr(model.base_model, change)()
         torch.testing.assert_close(fast(**BATCH).logits, stock(**BATCH).logits, rtol=1e-9, atol=1e-9)
-    fused, reasons = calls(patched)["mlp"]
+    fused, reasons = calls(handle)["mlp"]
     assert fused == 6  # two layers: disabled (the base layers alone), enabled, unmerged
     assert reasons == {"gate_proj: adapter merged": 2}
 
 
 def test_unknown_activation_runs_stock():
     model = adapted_llama("lora", hidden_act="relu")
-    patched = patch_model(model)
-    assert patched.to_json()["blocks"]["mlp"]["stock"] == {"activation ReLU": 2}
+    handle = patched(patch_model(model))
+    assert handle.to_json()["blocks"]["mlp"]["stock"] == {"activation ReLU": 2}
 
 
 def test_restore_is_bitwise_and_leaves_no_trace():
@@ -117,22 +117,22 @@ def test_restore_is_bitwise_and_leaves_no_trace():
     classes = [type(m) for m in model.modules()]
     attributes = [set(vars(m)) for m in model.modules()]
     want = step(model, BATCH)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     assert any(isinstance(m, FastModule) for m in model.modules())
     step(model, BATCH)
-    patched.restore()
+    handle.restore()
     assert [type(m) for m in model.modules()] == classes
     assert [set(vars(m)) for m in model.modules()] == attributes
     got = step(model, BATCH)
     assert torch.equal(got[0], want[0])
     assert all(torch.equal(got[1][n], want[1][n]) for n in want[1])
-    patched.restore()  # twice changes nothing
+    handle.restore()  # twice changes nothing
 
 
 def test_context_manager_restores():
     model = tiny_llama()
-    with patch_model(model) as patched:
-        assert any(isinstance(m, FastModule) for m in patched.model.modules())
+    with patched(patch_model(model)) as handle:
+        assert any(isinstance(m, FastModule) for m in handle.model.modules())
     assert not any(isinstance(m, FastModule) for m in model.modules())
 
 
@@ -238,17 +238,17 @@ def test_accelerate_hooks_before_and_after():
     want = step(model, BATCH)
     for layer in model.model.layers:
         add_hook_to_module(layer.mlp, ModelHook())
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     for layer in model.model.layers:
         add_hook_to_module(layer.self_attn, ModelHook())
     got = step(model, BATCH)
     assert rel_err(got[0], want[0]) < FLOAT64_REL
-    assert calls(patched)["mlp"] == (2, {})
-    assert calls(patched)["attention_in"] == (2, {})
+    assert calls(handle)["mlp"] == (2, {})
+    assert calls(handle)["attention_in"] == (2, {})
     for layer in model.model.layers:
         remove_hook_from_module(layer.mlp)
         remove_hook_from_module(layer.self_attn)
-    patched.restore()
+    handle.restore()
     assert not any("forward" in vars(m) and isinstance(m, FastModule) for m in model.modules())
     assert torch.equal(step(model, BATCH)[0], want[0])
 
@@ -257,10 +257,10 @@ def test_a_foreign_forward_on_a_block_is_left_alone():
     model = tiny_llama(torch.float64)
     block = model.model.layers[0].mlp
     block.forward = lambda x: 0 * x
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     assert type(block).__qualname__ == "LlamaMLP"
-    assert "foreign forward" in patched.skipped["model.layers.0.mlp"]
-    assert "model.layers.0.mlp" in patched.report()
+    assert "foreign forward" in handle.to_json()["skipped"]["model.layers.0.mlp"]
+    assert "model.layers.0.mlp" in handle.report()
 
 
 def test_names_stay_for_policies_that_choose_by_name():
@@ -286,9 +286,9 @@ def test_an_adapter_saved_from_a_patched_model_is_stocks(tmp_path):
 
 def test_only_some_classes():
     model = tiny_llama()
-    patched = patch_model(model, only={"LlamaRMSNorm"})
-    assert set(patched.to_json()["blocks"]) == {"rms_norm"}
-    assert set(patch_model(tiny_llama(), only="LlamaMLP").to_json()["blocks"]) == {"mlp"}
+    handle = patched(patch_model(model, only={"LlamaRMSNorm"}))
+    assert set(handle.to_json()["blocks"]) == {"rms_norm"}
+    assert set(patched(patch_model(tiny_llama(), only="LlamaMLP")).to_json()["blocks"]) == {"mlp"}
     with pytest.raises(
         NothingToPatchError, match=r"only=\['Norm'\]; possible: \['LlamaAttention', 'LlamaDecoderLayer'"
     ):
@@ -299,9 +299,9 @@ def test_report_json_is_json():
     import json
 
     model = adapted_llama("lora")
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     step(model, BATCH)
-    data = json.loads(json.dumps(patched.to_json()))
+    data = json.loads(json.dumps(handle.to_json()))
     assert data["blocks"]["mlp"] == {
         "modules": 2, "fused": 2, "stock": {}, "calls_fused": 2, "calls_stock": {},
     }  # fmt: skip
@@ -375,34 +375,34 @@ def test_disabled_adapters_give_the_same_numbers_as_an_untrained_adapter():
 
 def test_functional_transforms_run_stock():
     model = adapted_llama("lora")
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     parameters = {n: p.detach() for n, p in model.named_parameters() if "lora_B" in n}
 
     def loss(parameters):
         return torch.func.functional_call(model, parameters, (), BATCH).loss
 
     got = torch.func.grad(loss)(parameters)
-    patched.restore()
+    handle.restore()
     want = torch.func.grad(loss)(parameters)
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
 def test_restore_refuses_a_class_that_others_derived():
     model = tiny_llama()
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     norm = model.model.layers[0].input_layernorm
     torch.nn.utils.parametrize.register_parametrization(norm, "weight", torch.nn.Identity())
     with pytest.raises(RuntimeError, match=r"layers\.0\.input_layernorm is now a ParametrizedLlamaRMSNorm"):
-        patched.restore()
+        handle.restore()
     assert isinstance(model.model.norm, FastModule)  # nothing was changed
     torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
-    patched.restore()
+    handle.restore()
     assert not any(isinstance(m, FastModule) for m in model.modules())
 
 
 def test_the_report_survives_restore():
     model = adapted_llama("lora")
-    with patch_model(model) as patched:
+    with patched(patch_model(model)) as handle:
         step(model, BATCH)
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 2
-    assert "restored; as it was before" in patched.report()
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 2
+    assert "restored; as it was before" in handle.report()

@@ -11,7 +11,7 @@ from test_no_sync import Waits
 from test_trl import assert_same_run, dpo, sft
 from tiny import CACHE, VOCAB_SIZE, tiny_llama
 
-from hf_fastpeft import FastPeftCallback, causal_lm, layers, patch_model
+from hf_fastpeft import FastPeftCallback, causal_lm, layers, patch_model, patched
 from hf_fastpeft.causal_lm import FIRST, WANTED
 from hf_fastpeft.routing import Routing, notices_rows, plan_route
 from hf_fastpeft.watch import Watch
@@ -565,12 +565,12 @@ STATES = {
 def test_models_that_would_notice(state):
     stock = adapted_llama("lora", torch.float32)
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     for model in (stock, fast):
         state(model)
     assert_unrouted(stock, route(fast), STATES[state])
-    assert patched.to_json()["routing"]["obstacle"] == STATES[state]
-    assert f"every position now: {STATES[state]}" in patched.report()
+    assert handle.to_json()["routing"]["obstacle"] == STATES[state]
+    assert f"every position now: {STATES[state]}" in handle.report()
 
 
 def test_dropout_in_the_layers():
@@ -654,12 +654,12 @@ def test_a_given_cache_and_longer_masks_are_left_alone(monkeypatch):
 def test_the_switch():
     stock = adapted_llama("lora", torch.float32)
     fast = twin(stock)
-    patched = patch_model(fast, routing=False)
+    handle = patched(patch_model(fast, routing=False))
     assert_unrouted(stock, route(fast), "switched off (routing=False)")
-    assert patched.to_json()["routing"]["enabled"] is False
+    assert handle.to_json()["routing"]["enabled"] is False
     callback = FastPeftCallback(routing=False)
     callback.on_init_end(None, None, None, model=adapted_llama())
-    assert callback.patched.to_json()["routing"]["obstacle"] == "switched off (routing=False)"
+    assert callback.handle.to_json()["routing"]["obstacle"] == "switched off (routing=False)"
 
 
 def test_a_backbone_that_keeps_its_kwargs(monkeypatch):
@@ -678,18 +678,18 @@ def test_a_backbone_that_keeps_its_kwargs(monkeypatch):
 
 def test_the_report_tells_rows_and_reasons():
     model = adapted_llama("lora", torch.float32)
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     batch = padded(RIGHT)
     for _ in range(3):
         model(**batch).loss.backward()
     T, N = int(RIGHT.sum()), scored(batch)
-    text = patched.report()
+    text = handle.report()
     assert f"padding removed in 2 calls ({2 * (B * S - T)} of {2 * B * S} tokens)" in text
     assert f"last layer ran on labelled positions in 2 calls ({2 * N} of {2 * T} tokens)" in text
     assert f"every position: {FIRST} (1 calls)" in text
-    before = patched.to_json()["routing"]
-    patched.restore()
-    assert patched.to_json()["routing"] == before
+    before = handle.to_json()["routing"]
+    handle.restore()
+    assert handle.to_json()["routing"] == before
     model(**batch).loss.backward()
 
 
@@ -725,13 +725,13 @@ def test_a_layer_that_occurs_twice_is_not_routed():
     layers = stock.get_base_model().model.layers
     layers[1] = layers[0]
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     batch = {**token_batch(), "use_cache": False}  # its keys would be cached twice
     for _ in range(3):
         (loss, want), (found, got) = step(stock, batch), step(fast, batch)
         assert rel_err(found, loss) < 1e-4
         assert all(rel_err(got[name], gradient) < 1e-4 for name, gradient in want.items())
-    assert "a layer occurs twice" in patched.to_json()["routing"]["unrouted"]
+    assert "a layer occurs twice" in handle.to_json()["routing"]["unrouted"]
 
 
 def test_what_notices_rows_is_seen_when_it_comes():

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from tiny import tiny_dataset, tiny_llama, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_fastpeft import FastPeftCallback, SoraCallback, SoraConfig, patch_model
+from hf_fastpeft import FastPeftCallback, SoraCallback, SoraConfig, patch_model, patched
 from hf_fastpeft.fast_module import FastModule
 
 pytestmark = [
@@ -143,14 +143,14 @@ def test_restore_under_accelerates_autocast_wrapper():
 
     AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, unless told to forget
     model = tiny_llama().train()
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     add_fused_lm_head(model)
     model.lm_head.weight.requires_grad_(False)
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     ids = torch.tensor([[5, 6, 7, 8]])
     fast = prepared(input_ids=ids, labels=ids, fused_lm_head=True)
-    assert "lm_head              1      1      0   1/0" in patched.report()
-    patched.restore()
+    assert "lm_head              1      1      0   1/0" in handle.report()
+    handle.restore()
     stock = prepared(input_ids=ids, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(fast.log_probs, stock.log_probs, rtol=2e-2, atol=2e-2)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -198,7 +198,7 @@ def test_restore_leaves_trls_forward_in_place(tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     fast = causal(ids, labels=ids, fused_lm_head=True)
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FastPeftCallback))
-    callback.patched.restore()
+    callback.handle.restore()
     assert type(causal).__qualname__ == "LlamaForCausalLM"
     stock = causal(ids, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(fast.log_probs, stock.log_probs)

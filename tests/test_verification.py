@@ -8,7 +8,7 @@ import torch
 from adapters import adapted_llama, token_batch
 from tiny import tiny_llama
 
-from hf_fastpeft import patch_model, verify
+from hf_fastpeft import patch_model, patched, verify
 from hf_fastpeft.blocks import projection
 from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
@@ -35,9 +35,9 @@ def test_passes_and_changes_nothing(method, dtype):
 
 def test_a_patched_model_stays_patched():
     model = adapted_llama("lora")
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     assert verify(model, BATCH).passed
-    assert patched.to_json()["blocks"]["mlp"]["calls_fused"] == 2
+    assert handle.to_json()["blocks"]["mlp"]["calls_fused"] == 2
     assert any(isinstance(m, FastModule) for m in model.modules())
 
 

@@ -7,7 +7,6 @@ import torch
 
 from hf_fastpeft.blocks.layout import Stack
 from hf_fastpeft.blocks.projection import Draw, Plan, project
-from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm_bwd, rms_norm_fwd
 
@@ -38,19 +37,12 @@ def draw_of(plan: Plan, x: torch.Tensor) -> Draw | None:
 def norm_fwd(
     h_TI: torch.Tensor, weight: torch.Tensor | None, norm: tuple[float, bool] | None, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(x, rstd)``: the stack's input in its compute dtype, with room for its border; ``h`` itself without a norm."""
+    """``(x, rstd)``: the stack's input in its compute dtype; ``h`` itself without a norm."""
     if norm is None or weight is None:
         return h_TI.to(plan.dtype), None
     eps, unit_offset = norm
-    if plan.border is None:
-        x_TI, rstd_T1 = rms_norm_fwd(h_TI, weight, eps, plan.impl, unit_offset=unit_offset)
-        return x_TI.to(plan.dtype), rstd_T1
-    x_TK = room_for(h_TI.shape, plan.border, plan.dtype, h_TI.device)
-    out_TI = x_TK[:, : h_TI.shape[1]] if _norm_dtype(h_TI, weight, unit_offset) == plan.dtype else None
-    x_TI, rstd_T1 = rms_norm_fwd(h_TI, weight, eps, plan.impl, unit_offset=unit_offset, out=out_TI)
-    if out_TI is None:
-        x_TK[:, : h_TI.shape[1]] = x_TI
-    return x_TK, rstd_T1
+    x_TI, rstd_T1 = rms_norm_fwd(h_TI, weight, eps, plan.impl, unit_offset=unit_offset)
+    return x_TI.to(plan.dtype), rstd_T1
 
 
 def _norm_dtype(h_TI: torch.Tensor, weight: torch.Tensor, unit_offset: bool) -> torch.dtype:
@@ -75,7 +67,7 @@ def norm_bwd(
     """
     _, unit_offset = norm
     if d_x_TI is None:
-        x_TI = norm_fwd(h_TI, weight, norm, plan._replace(border=None))[0] if with_x else None
+        x_TI = norm_fwd(h_TI, weight, norm, plan)[0] if with_x else None
         return None, None, x_TI
     x_TI = None
     if with_x:

@@ -7,11 +7,10 @@ fresh ones.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
-from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -27,8 +26,7 @@ from hf_fastpeft.blocks.layout import (
     make_side,
     own_bias,
 )
-from hf_fastpeft.border import Border, Placement
-from hf_fastpeft.stacking import is_sharded, several_processes, weights_of
+from hf_fastpeft.stacking import Placement, is_sharded, several_processes
 
 __all__ = ["Copies", "SideCache"]
 
@@ -85,16 +83,14 @@ class SideCache:
         self._sides: dict[tuple[object, ...], Copy[Side]] = {}
         self._biases: dict[tuple[object, ...], Copy[torch.Tensor]] = {}
         self._fill: Fill | None = None  # of all sides; None since they are others
-        if placement is not None:
-            placement.on_drop = WeakMethod(self._forget)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SideCache":
         """A copied model starts with an empty cache: the copies belong to the original's parameters."""
-        placement = None if self.placement is None else Placement(self.placement.bordered)
+        placement = None if self.placement is None else Placement()
         return memo.setdefault(id(self), SideCache(placement))  # type: ignore[return-value]
 
-    def __reduce__(self) -> tuple[type["SideCache"], tuple[()]]:
-        return SideCache, ()  # unpickled weights stay where they are: which of them are tied was not written
+    def __reduce__(self) -> tuple[type["SideCache"], tuple[Any, ...]]:
+        return SideCache, (Placement(),) if self.placement is not None else ()
 
     @contextmanager
     def forward(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -134,52 +130,28 @@ class SideCache:
             return False
         return self.forwards > 0 and not self._bare
 
-    @property
-    def borders(self) -> bool:
-        """Whether borders are wanted."""
-        return self.placement is not None and self.placement.bordered
-
     def restack(self, weights: Sequence[torch.Tensor]) -> bool:
         """Move weights that lie apart behind each other, where they may be moved."""
         if self.placement is None or not (self._whole if self._shares() else not several_processes()):
             return False
         return self.placement.restack(weights)
 
-    def border(self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype) -> Border | None:
-        """The border around ``stack`` in which its adapters lie; None where it is to multiply with them apart."""
-        if self.placement is None or not self.borders:
-            return None
-        if not self._shares():
-            self.placement.refuse(stack, "a block called outside a forward of a patched model")
-            return None
-        if not self._whole:
-            self.placement.refuse(stack, "weights sharded between processes")
-            return None
-        border = self.placement.border(stack, dtype, side_dtype)
-        if border is None:
-            return None
-        owner = _key(stack, side_dtype)
-        if border.owner != owner:
-            entry = self._sides.get((border, *border.owner)) if border.owner is not None else None
-            if entry is not None and self.forwards - entry.used < KEPT:
-                self.placement.refuse(stack, "another adapter lies in the border")
-                return None
-            self._forget(border)
-            border = self.placement.hand_over(border, stack, owner)
-        return border
+    def may_restack(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether weights that lie apart could be moved together by a later call."""
+        return self.placement is not None and self.placement.is_undecided(weights)
 
     def lay_out(
-        self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype, border: Border | None = None, zeros: int = 0
+        self, stack: Stack, dtype: torch.dtype, side_dtype: torch.dtype
     ) -> tuple[Side | None, torch.Tensor | None, Copies | None]:
-        """A stack's adapters in ``side_dtype``, in ``border`` where it is theirs, and what :func:`make_bias` gives.
+        """A stack's adapters in ``side_dtype``, and what :func:`make_bias` gives.
 
         Third come the copies among them, for :meth:`renew`; None where they are for this call alone.
         """
         computed = any(t is not None and t.grad_fn is not None for low in stack for t in low.tensors[1:])
         if computed or not self._shares():  # computed anew for each call, and with a graph behind it
-            return make_side(stack, side_dtype), make_bias(stack, dtype, zeros), None
-        side = self._side(stack, side_dtype, border)
-        bias = self._bias(stack, dtype, zeros)
+            return make_side(stack, side_dtype), make_bias(stack, dtype), None
+        side = self._side(stack, side_dtype)
+        bias = self._bias(stack, dtype)
         copies = tuple(copy for copy in (side, bias) if isinstance(copy, Copy))
         for copy in copies:
             self._freshen(copy)
@@ -189,12 +161,12 @@ class SideCache:
             copies,
         )
 
-    def renew(self, copies: Copies | None, side: Side | None, border: Border | None) -> bool:
+    def renew(self, copies: Copies | None) -> bool:
         """Whether what :meth:`lay_out` gave in an earlier call holds for this one, the modules being the same.
 
         The copies are then fresh.
         """
-        if copies is None or (border is not None and border.side is not side) or not self._shares():
+        if copies is None or not self._shares():
             return False
         for copy in copies:
             self._freshen(copy)
@@ -202,25 +174,25 @@ class SideCache:
                 return False
         return True
 
-    def _side(self, stack: Stack, dtype: torch.dtype, border: Border | None) -> Copy[Side] | None:
+    def _side(self, stack: Stack, dtype: torch.dtype) -> Copy[Side] | None:
         if all(low.A is None for low in stack):
             return None
-        key = border, *_key(stack, dtype)
+        key = _key(stack, dtype)
         if key not in self._sides:
-            side = make_side(stack, dtype, border)
+            side = make_side(stack, dtype)
             assert side is not None
             self._fill = None
             self._sides[key] = self._copy(side, stack)
         return self._sides[key]
 
-    def _bias(self, stack: Stack, dtype: torch.dtype, zeros: int) -> Copy[torch.Tensor] | torch.Tensor | None:
-        own = own_bias(stack, dtype, zeros)
+    def _bias(self, stack: Stack, dtype: torch.dtype) -> Copy[torch.Tensor] | torch.Tensor | None:
+        own = own_bias(stack, dtype)
         if own is not None or not adds_bias(stack):
             return own
         ids = ((id(low.bias), id(low.lora_bias), low.scaling, low.weight.shape[0]) for low in stack)
-        key = dtype, zeros, stack[0].weight.device, *ids
+        key = dtype, stack[0].weight.device, *ids
         if key not in self._biases:
-            bias_O = make_bias(stack, dtype, zeros)
+            bias_O = make_bias(stack, dtype)
             assert bias_O is not None
             self._fill = None
             self._biases[key] = self._copy(bias_O, stack)
@@ -265,22 +237,10 @@ class SideCache:
         sides = {key: copy for key, copy in self._sides.items() if self._wanted(copy)}
         if len(sides) < len(self._sides):
             self._sides, self._fill = sides, None
-            if self.placement is not None:
-                self.placement.prune()
         self._biases = {key: copy for key, copy in self._biases.items() if self._wanted(copy)}
 
     def _wanted(self, copy: Copy[Any]) -> bool:
         return self.forwards - copy.used < KEPT and copy.fits()
-
-    def release(self, owner: nn.Module, stacks: Iterable[Sequence[str]]) -> None:
-        """Take the weights of these linears out of their borders until the next fused call."""
-        if self.placement is not None and self.placement.bordered:
-            for names in stacks:
-                self.placement.release(weights_of(owner, names) or ())
-
-    def _forget(self, border: Border) -> None:
-        self._sides = {key: copy for key, copy in self._sides.items() if key[0] is not border}
-        self._fill = None
 
 
 def _key(stack: Stack, dtype: torch.dtype) -> tuple[object, ...]:

@@ -20,7 +20,6 @@ from hf_fastpeft.blocks._function import (
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, needs_input, project, project_bwd
-from hf_fastpeft.border import room_for
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.qk_norm import norm_rotate, norm_rotate_bwd
 from hf_fastpeft.ops.rms_norm import Norm
@@ -104,8 +103,8 @@ class _AttentionIn(torch.autograd.Function):
         stack = rebuild(plan, tensors)
         B, Q, S, D = d_q.shape
         columns = (Q + 2 * d_k.shape[1]) * D
-        d_z_TO = room_for((B * S, columns), plan.border, plan.dtype, d_q.device)
-        d_q_in, d_k_in, d_v_in = layout.split(d_z_TO[:, :columns], B)
+        d_z_TO = torch.empty(B * S, columns, dtype=plan.dtype, device=d_q.device)
+        d_q_in, d_k_in, d_v_in = layout.split(d_z_TO, B)
         d_q_weight = d_k_weight = None
         if layout.qk_norm is None:
             rotate(d_q, d_k, cos, sin, d_q_in, d_k_in, plan.impl, inverse=True, v=d_v, v_out=d_v_in)
@@ -233,7 +232,7 @@ def attention_in(
         cos,
         sin,
         layout,
-        stack.plan(dtype, impl, h, adapters, "both"),
+        stack.plan(dtype, impl, h, adapters),
         *stack.flat,
     )
 
@@ -252,6 +251,6 @@ def attention_out(
     ``residual``, of the result's shape, is added where it is given. The result is in ``dtype``, promoted with the
     residual's.
     """
-    plan = linear.plan(dtype, impl, x, adapters, "none")
+    plan = linear.plan(dtype, impl, x, adapters)
     out_TO = _AttentionOut.apply(x, residual, plan, *linear.flat)  # type: ignore[no-untyped-call]
     return out_TO.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]  # outside: its owner may write to it

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hf_fastpeft.blocks.adapters import SideCache
-from hf_fastpeft.blocks.projection import Plan, Room, make_plan
+from hf_fastpeft.blocks.projection import Plan, make_plan
 from hf_fastpeft.lowrank import LowRank, compute_dtype
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.stacking import span
@@ -40,19 +40,19 @@ class Bundle(tuple[LowRank, ...]):
         found = {compute_dtype(x, weight) for weight in self._dtypes}
         return found.pop() if len(found) == 1 else None
 
-    def plan(self, dtype: torch.dtype, impl: Impl, x: torch.Tensor, adapters: SideCache | None, room: Room) -> Plan:
+    def plan(self, dtype: torch.dtype, impl: Impl, x: torch.Tensor, adapters: SideCache | None) -> Plan:
         """The plan of a call on ``x``: that of the last call, its copies renewed, where it would come out the same."""
-        asked = dtype, impl, x.dtype, x.device, room, torch.is_autocast_enabled(x.device.type)
+        asked = dtype, impl, x.dtype, x.device, torch.is_autocast_enabled(x.device.type)
         if self._planned is not None and adapters is not None:
             before, plan, stacked = self._planned
-            if before == asked and adapters.renew(plan.copies, plan.side, plan.border):
+            if before == asked and adapters.renew(plan.copies):
                 return plan._replace(weight=span(self.weights)) if stacked else plan
-        plan = make_plan(self, dtype, impl, x, adapters, room)
-        # a stack that might yet get its border asks again
-        settled = adapters is None or plan.border is not None or room == "none" or not adapters.borders
-        if not settled or plan.copies is None:
+        plan = make_plan(self, dtype, impl, x, adapters)
+        if plan.copies is None or (
+            adapters is not None and plan.weight is None and adapters.may_restack(self.weights)
+        ):
             self._planned = None
-        elif len(self) > 1 and plan.weight is not None and plan.border is None:
+        elif len(self) > 1 and plan.weight is not None:
             # a view would keep the weights' memory after they were moved
             self._planned = asked, plan._replace(weight=None), True
         else:

@@ -4,7 +4,7 @@ A compiled graph sees ``attention_in_forward`` where eager mode runs an autograd
 Functions, on a stand-in for autograd's context: the arithmetic exists once. What differs is what a graph may not know:
 
 * Operators are pure. Adapters are laid out anew in each, forward and backward; weights that lie behind each other are
-  found when the operator runs; there is no border. Results share no memory, so q, k and v have each their own, and the
+  found when the operator runs. Results share no memory, so q, k and v have each their own, and the
   way around attention is not one of them: its gradient is added outside.
 * What a Function saves beyond its arguments is a further result of the operator, and the gradient's argument.
 * A list of tensors that autograd follows holds no None, so ``given`` says which of the Function's arguments it holds.

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hf_fastpeft.border import Border
 from hf_fastpeft.lowrank import LowRank
 
 __all__ = [
@@ -60,11 +59,8 @@ class Side:
     gate_R: torch.Tensor | None
 
 
-def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None, *, fill: bool = True) -> Side | None:
-    """Lay out the adapters of ``stack``, in ``border`` where one is given; None without any.
-
-    Without ``fill`` their values are left out.
-    """
+def make_side(stack: Stack, dtype: torch.dtype, *, fill: bool = True) -> Side | None:
+    """Lay out the adapters of ``stack``; None without any. Without ``fill`` their values are left out."""
     adapted = [low for low in stack if low.A is not None]
     if not adapted:
         return None
@@ -73,19 +69,13 @@ def make_side(stack: Stack, dtype: torch.dtype, border: Border | None = None, *,
     gate_R = None
     if any(low.gate is not None for low in adapted):
         gate_R = weight.new_ones(R, dtype=torch.promote_types(dtype, torch.float32))
-    if border is not None:
-        border.A_RI.zero_()
-        border.B_OR.zero_()
-        border.memory[border.out_features :, border.in_features :].zero_()
-        side = border.side = Side(border.A_RI[:R], border.B_OR[:, :R], 1.0, gate_R)
-    else:
-        side = Side(
-            weight.new_empty(R, weight.shape[1], dtype=dtype),
-            # one B fills all of it
-            weight.new_empty(rows, R, dtype=dtype) if len(stack) == 1 else weight.new_zeros(rows, R, dtype=dtype),
-            adapted[0].scaling if len(scalings) == 1 else 1.0,
-            gate_R,
-        )
+    side = Side(
+        weight.new_empty(R, weight.shape[1], dtype=dtype),
+        # one B fills all of it
+        weight.new_empty(rows, R, dtype=dtype) if len(stack) == 1 else weight.new_zeros(rows, R, dtype=dtype),
+        adapted[0].scaling if len(scalings) == 1 else 1.0,
+        gate_R,
+    )
     if fill:
         Fill([(side, stack)]).run()
     return side
@@ -121,7 +111,8 @@ class Fill:
                     ("B", _Write(side.B_OR[rows, ranks], low.B, factor)),
                 ):
                     groups[which, i, write.group].append(write)
-        self._apart: dict[bool, list[_Write]] = {True: [], False: []}  # products a border keeps apart; by gates or not
+        # products into slots that do not lie evenly; by whether the factors are gates
+        self._apart: dict[bool, list[_Write]] = {True: [], False: []}
         self._batches: list[_Batch] = []
         for writes in groups.values():
             batch = _batch(writes)
@@ -229,7 +220,7 @@ def line_up(sides: Iterable[Side]) -> None:
     groups: defaultdict[tuple[object, ...], list[Side]] = defaultdict(list)
     for side in sides:
         A, B = side.A_RI, side.B_OR
-        if A.is_contiguous() and B.is_contiguous() and not isinstance(A, FakeTensor):  # not in a border, nor a trace
+        if A.is_contiguous() and B.is_contiguous() and not isinstance(A, FakeTensor):  # nor in a trace
             groups[A.shape, B.shape, A.dtype, A.device, side.gate_R is None].append(side)
     for alike in groups.values():
         for name in ("A_RI", "B_OR") if alike[0].gate_R is None else ("A_RI", "B_OR", "gate_R"):
@@ -240,15 +231,14 @@ def line_up(sides: Iterable[Side]) -> None:
                     part.data = place.copy_(part)
 
 
-def make_bias(stack: Stack, dtype: torch.dtype, zeros: int = 0) -> torch.Tensor | None:
-    """All that the linears add to each row, ``(O,)`` in ``dtype`` with ``zeros`` behind; None if that is nothing."""
+def make_bias(stack: Stack, dtype: torch.dtype) -> torch.Tensor | None:
+    """All that the linears add to each row, ``(O,)`` in ``dtype``; None if that is nothing."""
     if not adds_bias(stack):
         return None
-    own = own_bias(stack, dtype, zeros)
+    own = own_bias(stack, dtype)
     if own is not None:
         return own
-    rows = sum(low.weight.shape[0] for low in stack)
-    bias_O = stack[0].weight.new_zeros(rows + zeros, dtype=dtype)
+    bias_O = stack[0].weight.new_zeros(sum(low.weight.shape[0] for low in stack), dtype=dtype)
     fill_biases([(bias_O, stack)])
     return bias_O
 
@@ -257,10 +247,10 @@ def adds_bias(stack: Stack) -> bool:
     return any(low.bias is not None or low.lora_bias is not None for low in stack)
 
 
-def own_bias(stack: Stack, dtype: torch.dtype, zeros: int) -> torch.Tensor | None:
+def own_bias(stack: Stack, dtype: torch.dtype) -> torch.Tensor | None:
     """The one bias itself, where nothing need be done to it."""
     (first, *others) = stack
-    if others or zeros or first.lora_bias is not None or first.bias is None or first.bias.dtype != dtype:
+    if others or first.lora_bias is not None or first.bias is None or first.bias.dtype != dtype:
         return None
     return first.bias.detach()
 

@@ -20,7 +20,6 @@ from hf_fastpeft.blocks._function import (
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, needs_input, project, project_bwd
-from hf_fastpeft.border import room_for
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.ops.glu import Activation, glu_bwd, glu_fwd
@@ -53,8 +52,8 @@ class _MLP(torch.autograd.Function):
         ctx.draw = draw_of(plan, x_TI)
         z_TF, P_TR = project(x_TI, rebuild(plan, tensors[:first]), plan)
         gate_TF, up_TF = z_TF.chunk(2, dim=1)
-        hidden_TF = room_for(gate_TF.shape, down_plan.border, z_TF.dtype, z_TF.device)
-        glu_fwd(gate_TF, up_TF, layout.activation, plan.impl, hidden_TF[:, : gate_TF.shape[1]])
+        hidden_TF = torch.empty_like(gate_TF, memory_format=torch.contiguous_format)
+        glu_fwd(gate_TF, up_TF, layout.activation, plan.impl, hidden_TF)
         ctx.down_draw = draw_of(down_plan, hidden_TF)
         out_TI, P_down_TR = project_onto(
             hidden_TF, h if layout.residual else None, rebuild(down_plan, tensors[first:]), down_plan
@@ -79,10 +78,10 @@ class _MLP(torch.autograd.Function):
         )
         assert d_hidden_TF is not None
         gate_TF, up_TF = z_TF.chunk(2, dim=1)
-        with_hidden = needs_input(down_needs, has_P=P_down_TR is not None)
+        with_hidden = needs_input(down_needs)
         hidden_TF = torch.empty_like(d_hidden_TF) if with_hidden else None
-        d_z_TF = room_for(z_TF.shape, plan.border, z_TF.dtype, z_TF.device)
-        d_gate_TF, d_up_TF = d_z_TF[:, : z_TF.shape[1]].chunk(2, dim=1)
+        d_z_TF = torch.empty_like(z_TF)
+        d_gate_TF, d_up_TF = d_z_TF.chunk(2, dim=1)
         glu_bwd(d_hidden_TF, gate_TF, up_TF, d_gate_TF, d_up_TF, layout.activation, plan.impl, out=hidden_TF)
         add_weight_grads(down_grads, d_out_TI, hidden_TF, U_TR, down, down_plan, down_needs, ctx.down_draw)
         del d_hidden_TF, hidden_TF, U_TR  # two of the largest tensors of a layer, and what may be a view of the first
@@ -137,8 +136,8 @@ def mlp(
     """
     assert norm is not None or not residual
     layout = _Layout(activation, kind_of(norm), residual)
-    plan = stack.plan(dtype, impl, h, adapters, "both")
-    down_plan = down.plan(dtype, impl, h, adapters, "input")
+    plan = stack.plan(dtype, impl, h, adapters)
+    down_plan = down.plan(dtype, impl, h, adapters)
     out_TI = _MLP.apply(  # type: ignore[no-untyped-call]
         h, None if norm is None else norm.weight, layout, plan, down_plan, *stack.flat, *down.flat
     )

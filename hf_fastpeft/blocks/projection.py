@@ -12,21 +12,16 @@ the tokens as a plain one. Base products run in one dtype, low-rank products in 
 wider: a float32 adapter on a half-precision base without autocast. x is read once for all low-rank products, and
 nothing of the size of a weight is formed for an adapter's gradient.
 
-Where a stack lies in a border (:mod:`hf_fastpeft.border`), one product reads W and B in the forward and W and A in the
-backward. Its rows then have room for P and U behind them: x is ``(T, I + R)``, dz is ``(T, O + R)``. Rows without room
-are right too, and take more products.
-
 Shape legend: T = tokens, I = in_features, O = out_features of the whole stack, R = its ranks.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from hf_fastpeft.blocks.adapters import Copies, SideCache
 from hf_fastpeft.blocks.layout import Side, Stack, make_bias, make_side, slices
-from hf_fastpeft.border import Border
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
 from hf_fastpeft.ops._backend import Impl, use_triton
 from hf_fastpeft.ops.mm_wide import mm_wide
@@ -36,7 +31,6 @@ __all__ = [
     "Draw",
     "Needs",
     "Plan",
-    "Room",
     "add_weight_grads",
     "make_plan",
     "needs_input",
@@ -47,7 +41,6 @@ __all__ = [
 
 Needs = Sequence[bool]  # one per tensor of the stack, in the order of LowRank.tensors
 Grads = list[torch.Tensor | None]
-Room = Literal["none", "input", "both"]
 
 WIDEST_BLOCK_DIAGONAL = 256  # ranks; beyond, the zeros off the diagonal cost more than the launches they save
 
@@ -63,10 +56,8 @@ class Plan(NamedTuple):
         factors: (scaling, gate_scale, dropout) of each linear.
         side: the adapters, None without any.
         weight: all weights as one ``(O, I)`` view where they lie one behind the other in memory.
-        bias: all that is added to each row, ``(O,)`` in ``dtype``, with zeros behind where P is; None without.
+        bias: all that is added to each row, ``(O,)`` in ``dtype``; None without.
         where: of each linear: its columns of the results, its ranks.
-        border: what weights and adapters lie in together, if anything.
-        wide: with a border: P may stand behind the results.
         copies: those in ``side`` and ``bias`` that a later call may use again; None where there is no later call.
     """
 
@@ -79,8 +70,6 @@ class Plan(NamedTuple):
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     where: list[tuple[slice, slice]]
-    border: Border | None = None
-    wide: bool = False
     copies: Copies | None = None
 
     @property
@@ -95,26 +84,21 @@ def make_plan(
     impl: Impl,
     x: torch.Tensor,
     adapters: SideCache | None,
-    room: Room = "none",
     side_dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan of a call on ``x``; the adapters come laid out from the cache where there is one.
 
-    ``room`` says which of the products' rows the block can give a tail, the input's or the results' too: the border's
-    condition. ``side_dtype`` was read from the state of autocast where it is given.
+    ``side_dtype`` was read from the state of autocast where it is given.
     """
     side_dtype = side_dtype_of(stack, dtype) if side_dtype is None else side_dtype
     weights = [low.weight for low in stack]
-    border = None if adapters is None or room == "none" else adapters.border(stack, dtype, side_dtype)
-    wide = border is not None and room == "both"
-    weight = adjacent(weights) if border is None else border.weight_OI
+    weight = adjacent(weights)
     if weight is None and adapters is not None and adapters.restack(weights):
         weight = adjacent(weights)
-    zeros = border.R if border is not None and wide else 0
     if adapters is None:
-        side, bias, copies = make_side(stack, side_dtype), make_bias(stack, dtype, zeros), None
+        side, bias, copies = make_side(stack, side_dtype), make_bias(stack, dtype), None
     else:
-        side, bias, copies = adapters.lay_out(stack, dtype, side_dtype, border, zeros)
+        side, bias, copies = adapters.lay_out(stack, dtype, side_dtype)
     return Plan(
         dtype,
         side_dtype,
@@ -125,8 +109,6 @@ def make_plan(
         weight,
         bias,
         slices(stack),
-        border,
-        wide,
         copies,
     )
 
@@ -192,18 +174,8 @@ def project(
     """All ``z_i`` side by side, fresh ``(T, O)`` in ``plan.dtype``, and ``P`` ``(T, R)`` in ``plan.side_dtype``.
 
     ``P`` is None without adapters. ``residual`` ``(T, O)`` in ``plan.dtype`` is added in the products' epilogue.
-
-    With a border ``x`` may have room for it: its tail is written to. Then P stands behind ``z`` in one tensor where
-    ``plan.wide``, and is None otherwise: to be multiplied again by :func:`add_weight_grads`, as kept it would keep all
-    of ``x``.
     """
-    side, border = plan.side, plan.border
-    if border is not None and x_TI.shape[1] > border.in_features:
-        torch.mm(x_TI[:, : border.in_features], border.A_RI.t(), out=x_TI[:, border.in_features :])
-        if not plan.wide:
-            return _base(x_TI, stack, plan._replace(weight=border.upper), residual), None
-        z_TO = _base(x_TI, stack, plan._replace(weight=border.memory), residual)
-        return z_TO[:, : border.out_features], _tail(z_TO, plan)
+    side = plan.side
     z_TO = _base(x_TI, stack, plan, residual)
     if side is None:
         return z_TO, None
@@ -221,16 +193,10 @@ def project(
     return z_TO, P_TR
 
 
-def _tail(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """What stands behind ``(T, O)``: P behind z, U behind dz; without the columns that round up the ranks."""
-    assert plan.border is not None and plan.side is not None
-    return rows[:, plan.border.out_features : plan.border.out_features + plan.side.A_RI.shape[0]]
-
-
 def _base(x_TI: torch.Tensor, stack: Stack, plan: Plan, residual: torch.Tensor | None) -> torch.Tensor:
     if plan.weight is not None:
         weight_IO = plan.weight.to(plan.dtype).t()
-        bias_O = None if plan.bias is None else plan.bias[: weight_IO.shape[1]]
+        bias_O = plan.bias
         if residual is not None:
             z_TO = torch.addmm(residual, x_TI, weight_IO)
             return z_TO if bias_O is None else z_TO.add_(bias_O)
@@ -263,9 +229,9 @@ def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sca
         out.copy_(out.to(left.dtype).addmm_(left, right, alpha=scale))
 
 
-def needs_input(needs: Needs, *, has_P: bool = True) -> bool:
-    """Whether a gradient of the stack reads ``x``: of a weight, an A or a gate; of a B where P was not kept."""
-    return any(any(needs[i::TENSORS_PER_LINEAR]) for i in ((0, 2, 4) if has_P else (0, 2, 3, 4)))
+def needs_input(needs: Needs) -> bool:
+    """Whether a gradient of the stack reads ``x``: of a weight, an A or a gate."""
+    return any(any(needs[i::TENSORS_PER_LINEAR]) for i in (0, 2, 4))
 
 
 def project_bwd(
@@ -281,8 +247,7 @@ def project_bwd(
     """First half of the gradient of :func:`project`: all that does not read ``x``.
 
     Args:
-        d_z_TO: gradient of the results in ``plan.dtype``; not written to but for the tail that it may have with a
-            border.
+        d_z_TO: gradient of the results in ``plan.dtype``; not written to.
         P_TR: as returned by :func:`project`.
         stack: the linears.
         plan: of the forward.
@@ -291,15 +256,11 @@ def project_bwd(
         draw: the forward's dropout, where it had any.
 
     Returns:
-        ``d_x`` (fresh, compute dtype, rows apart where ``d_z`` has no room for the border), ``U`` for
-        :func:`add_weight_grads`, and one gradient a tensor of the stack, each in its tensor's dtype; those of weights,
-        A and gates are still None, and those of B where ``P_TR`` is.
+        ``d_x`` (fresh, compute dtype), ``U`` for :func:`add_weight_grads`, and one gradient a tensor of the stack,
+        each in its tensor's dtype; those of weights, A and gates are still None.
     """
     grads: Grads = [None] * (len(stack) * TENSORS_PER_LINEAR)
-    if plan.border is None or plan.border.side is not plan.side:
-        d_x_TI, U_TR = _apart_bwd(d_z_TO, stack, _apart(plan, stack), draw, need_dx=need_dx)
-    else:
-        d_x_TI, U_TR = _bordered_bwd(d_z_TO, plan, plan.border, need_dx=need_dx)
+    d_x_TI, U_TR = _products_bwd(d_z_TO, stack, plan, draw, need_dx=need_dx)
     for i, (low, (rows, _)) in enumerate(zip(stack, plan.where, strict=True)):
         at = i * TENSORS_PER_LINEAR
         if needs[at + 1] or needs[at + 5]:
@@ -313,36 +274,11 @@ def project_bwd(
     return d_x_TI, U_TR, grads
 
 
-def _apart(plan: Plan, stack: Stack) -> Plan:
-    """``plan`` without a border; with its adapters laid out again where others have been put into it since."""
-    if plan.border is None:
-        return plan
-    side = plan.side if plan.border.side is plan.side else make_side(stack, plan.side_dtype)
-    return plan._replace(border=None, side=side)
-
-
-def _bordered_bwd(
-    d_z_TO: torch.Tensor, plan: Plan, border: Border, *, need_dx: bool
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """``(d_x, U)``: one product reads W and A, or, where ``d_z`` has no room for U, W and B."""
-    end = border.out_features
-    if d_z_TO.shape[1] > end:
-        torch.mm(d_z_TO[:, :end], border.B_OR, out=d_z_TO[:, end:])
-        return d_z_TO @ border.left if need_dx else None, _tail(d_z_TO, plan)
-    assert plan.side is not None
-    R = plan.side.A_RI.shape[0]
-    if not need_dx:
-        return None, d_z_TO @ border.B_OR[:, :R]
-    base_TI, U_TR = (d_z_TO @ border.upper).tensor_split([border.in_features], dim=1)
-    return base_TI.addmm_(U_TR, border.A_RI), U_TR[:, :R]
-
-
-def _apart_bwd(
+def _products_bwd(
     d_z_TO: torch.Tensor, stack: Stack, plan: Plan, draw: Draw | None, *, need_dx: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``(d_x, U)`` from products with the weights and with the adapters."""
     side = plan.side
-    d_z_TO = d_z_TO[:, : sum(low.weight.shape[0] for low in stack)]
     d_x_TI = _base_bwd(d_z_TO, stack, plan) if need_dx else None
     if side is None:
         return d_x_TI, None
@@ -398,23 +334,20 @@ def add_weight_grads(
     needs: Needs,
     draw: Draw | None = None,
 ) -> None:
-    """Second half: fill in the gradients that read ``x`` (the weights', the A's and the gates'; the B's without P).
+    """Second half: fill in the gradients that read ``x``: the weights', the A's and the gates'.
 
     ``x_TI`` may be None where :func:`needs_input` is False; it must be in the compute dtype.
     """
-    without_P = any(needs[i] and grads[i] is None for i in range(3, len(needs), TENSORS_PER_LINEAR))
-    if not needs_input(needs, has_P=not without_P):
+    if not needs_input(needs):
         return
     assert x_TI is not None
     for i, (low, (rows, _)) in enumerate(zip(stack, plan.where, strict=True)):
         if needs[i * TENSORS_PER_LINEAR]:
             grads[i * TENSORS_PER_LINEAR] = mm_wide(d_z_TO[:, rows].t(), x_TI).to(low.weight.dtype)
-    side = _apart(plan, stack).side
+    side = plan.side
     if side is None or U_TR is None:
         return
     x_side_TI = x_TI.to(plan.side_dtype)
-    if without_P:
-        _add_B_grads(grads, d_z_TO.to(plan.side_dtype), x_side_TI @ side.A_RI.t(), stack, plan, needs)
     if not (any(needs[2::TENSORS_PER_LINEAR]) or any(needs[4::TENSORS_PER_LINEAR])):
         return
     G_RI = mm_wide(U_TR.t(), x_side_TI) if draw is None else _dropped_products(x_side_TI, U_TR, stack, plan, draw)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_fastpeft.errors import NothingToPatchError
 from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.ops._backend import Impl
-from hf_fastpeft.patching import Patched, patch_model
+from hf_fastpeft.patching import Patched, patch_model, patched
 
 __all__ = ["FastPeftCallback"]
 
@@ -32,11 +32,9 @@ class FastPeftCallback(TrainerCallback):
         *,
         impl: Impl = "auto",
         only: Collection[str] | None = None,
-        bordered: bool = False,
         routing: bool = True,
     ) -> None:
         """Takes the options of :func:`hf_fastpeft.patch_model`."""
-        self.bordered = bordered
         self.impl = impl
         self.only = only
         self.routing = routing
@@ -59,6 +57,4 @@ class FastPeftCallback(TrainerCallback):
 
     def _patch(self, model: nn.Module) -> None:
         if not any(isinstance(module, FastModule) for module in model.modules()):
-            self.patched = patch_model(
-                model, impl=self.impl, only=self.only, bordered=self.bordered, routing=self.routing
-            )
+            self.patched = patched(patch_model(model, impl=self.impl, only=self.only, routing=self.routing))

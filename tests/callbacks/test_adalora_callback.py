@@ -33,7 +33,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from hf_fastpeft import AdaLoraCallback, export_to_lora, patch_model
+from hf_fastpeft import AdaLoraCallback, export_to_lora, patch_model, patched
 from hf_fastpeft.tuners._gated import kept_ranks
 from hf_fastpeft.tuners.adalora import RankAllocator, Schedule
 from hf_fastpeft.tuners.adalora.adapter import active_adapters, refuse_shards
@@ -284,12 +284,12 @@ def test_a_patched_model_runs_fused_with_the_callback(tmp_path):
     losses = []
     for patch in (False, True):
         model = model_of(svd(target_modules="all-linear"))
-        patched = patch_model(model) if patch else None
+        handle = patched(patch_model(model)) if patch else None
         trainer = trainer_of(model, tmp_path, [AdaLoraCallback()], max_steps=6)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-        if patched is not None:
-            assert patched.to_json()["blocks"]["mlp"]["calls_stock"] == {}
+        if handle is not None:
+            assert handle.to_json()["blocks"]["mlp"]["calls_stock"] == {}
     assert losses[1] == pytest.approx(losses[0], rel=2e-5)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from hf_fastpeft import export_to_lora, patch_model
+from hf_fastpeft import export_to_lora, patch_model, patched
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.lowrank import LowRank, read
 from hf_fastpeft.tuners import adalora
@@ -90,7 +90,7 @@ def logits(model, ids=IDS):
 def test_fused_svd_linears_are_stock_with_every_gradient_in_float64(targets):
     stock = adapted(svd_config(target_modules=targets), torch.float64, autocast_adapter_dtype=False).train()
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     batch = token_batch()
     want_loss, want = step(stock, batch)
     got_loss, got = step(fast, batch)
@@ -99,7 +99,7 @@ def test_fused_svd_linears_are_stock_with_every_gradient_in_float64(targets):
     assert sum("lora_E" in name for name in got) == (14 if targets == "all-linear" else 4)
     for name in want:
         assert rel_err(got[name], want[name]) < FLOAT64_REL, name
-    blocks = patched.to_json()["blocks"]
+    blocks = handle.to_json()["blocks"]
     for block in ("attention_in", "attention_out", "mlp"):
         assert (blocks[block]["calls_fused"], blocks[block]["calls_stock"]) == (2, {})
 
@@ -107,9 +107,9 @@ def test_fused_svd_linears_are_stock_with_every_gradient_in_float64(targets):
 def test_half_precision_and_dropout_run_fused():
     model = adapted(svd_config(target_modules="all-linear", lora_dropout=0.4), torch.bfloat16).train()
     want, _ = step(twin(model).eval(), token_batch())
-    patched = patch_model(model)
+    handle = patched(patch_model(model))
     losses = [step(model, token_batch())[0] for _ in range(2)]
-    assert patched.to_json()["blocks"]["mlp"]["calls_stock"] == {}
+    assert handle.to_json()["blocks"]["mlp"]["calls_stock"] == {}
     assert losses[0] != losses[1]  # dropout draws
     assert rel_err(losses[0], want) < 0.2
     got, _ = step(model.eval(), token_batch())
@@ -323,13 +323,13 @@ def test_forward_is_the_formula(seed, r, rslora, batch):
 def test_fused_blocks_read_it():
     stock = adapted(config(target_modules="all-linear"), torch.float64, autocast_adapter_dtype=False).train()
     fast = twin(stock)
-    patched = patch_model(fast)
+    handle = patched(patch_model(fast))
     want_loss, want = step(stock, token_batch())
     got_loss, got = step(fast, token_batch())
     assert rel_err(got_loss, want_loss) < FLOAT64_REL
     for name in want:
         assert rel_err(got[name], want[name]) < FLOAT64_REL, name
-    assert patched.to_json()["blocks"]["mlp"]["calls_stock"] == {}
+    assert handle.to_json()["blocks"]["mlp"]["calls_stock"] == {}
 
 
 def test_starts_as_the_base_with_every_direction_in_place():

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_fastpeft import BottleneckAdapterConfig, patch_model
+from hf_fastpeft import BottleneckAdapterConfig, patch_model, patched
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.bottleneck import DEFAULT_TARGETS, BottleneckLayer
 from hf_fastpeft.tuners.bottleneck.targets import LINEAR_TARGETS
@@ -551,13 +551,13 @@ def test_quantised_bases(tmp_path, settings, targets):
 def test_a_patched_model_computes_the_same(patched_first, settings, fused, checkpointing):
     def build(patch):
         base = tiny_llama(torch.float64)
-        patched = patch_model(base) if patch and patched_first else None
+        handle = patched(patch_model(base)) if patch and patched_first else None
         model = randomise(get_peft_model(base, config(**settings), autocast_adapter_dtype=False)).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model, patch_model(model) if patch and not patched_first else patched
+        return model, patched(patch_model(model)) if patch and not patched_first else handle
 
-    (stock, _), (fast, patched) = build(False), build(True)
+    (stock, _), (fast, handle) = build(False), build(True)
     for seed in range(3):  # the second and third step may leave padding and unscored rows out
         batch = token_batch(seed=seed)
         torch.manual_seed(seed)
@@ -568,12 +568,12 @@ def test_a_patched_model_computes_the_same(patched_first, settings, fused, check
         assert grads.keys() == want_grads.keys()
         for name, grad in want_grads.items():
             torch.testing.assert_close(grads[name], grad, msg=name)
-    blocks = patched.to_json()["blocks"]
+    blocks = handle.to_json()["blocks"]
     assert {b for b in ("mlp", "attention_in", "attention_out") if not blocks[b]["calls_stock"]} == fused
     assert all(blocks[b]["calls_fused"] == 0 for b in ("mlp", "attention_in", "attention_out") if b not in fused)
     with torch.no_grad():
         torch.testing.assert_close(fast.eval()(IDS).logits, stock.eval()(IDS).logits)
-    patched.restore()
+    handle.restore()
     with torch.no_grad():
         assert torch.equal(fast(IDS).logits, stock(IDS).logits)
 

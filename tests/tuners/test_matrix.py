@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny import tiny_dataset, tiny_llama, tiny_tokenizer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_fastpeft import export_to_lora, load_adapter, patch_model
+from hf_fastpeft import export_to_lora, load_adapter, patch_model, patched
 
 pytestmark = [
     # PEFT 0.21 reads the alias that transformers 5.23 deprecates: peft/peft_model.py, PeftModel.__init__
@@ -183,12 +183,12 @@ def test_quantised_base(method, bits, tmp_path):
 def test_patched_model(method, patched_first):
     def build(patch):
         base = tiny_llama(torch.float64)
-        patched = patch_model(base) if patch and patched_first else None
+        handle = patched(patch_model(base)) if patch and patched_first else None
         torch.manual_seed(0)
         model = change(get_peft_model(base, method.config(), autocast_adapter_dtype=False)).train()
-        return model, patch_model(model) if patch and not patched_first else patched
+        return model, patched(patch_model(model)) if patch and not patched_first else handle
 
-    (stock, _), (fast, patched) = build(False), build(True)
+    (stock, _), (fast, handle) = build(False), build(True)
     for seed in range(2):
         batch = token_batch(seed=seed)
         (want, want_grads), (loss, grads) = step(stock, batch), step(fast, batch)
@@ -196,8 +196,8 @@ def test_patched_model(method, patched_first):
         assert grads.keys() == want_grads.keys()
         for name, grad in want_grads.items():
             torch.testing.assert_close(grads[name], grad, msg=name)
-    assert any(row["calls_fused"] for row in patched.to_json()["blocks"].values())
-    patched.restore()
+    assert any(row["calls_fused"] for row in handle.to_json()["blocks"].values())
+    handle.restore()
     assert torch.equal(logits(fast.eval()), logits(stock.eval()))
 
 

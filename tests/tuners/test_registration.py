@@ -46,7 +46,7 @@ def test_a_name_of_another_package_is_not_overwritten():
 
 
 def test_a_member_is_added_once():
-    class Colour(str, enum.Enum):
+    class Colour(enum.StrEnum):
         RED = "RED"
 
     added = _peft.add_peft_type("BLUE", Colour)

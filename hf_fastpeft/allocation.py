@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -24,6 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fastpeft.errors import AdapterError, DataError
+from hf_fastpeft.families import bare_model
 from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.patching import stock_forwards
 from hf_fastpeft.rank_budget import ranks_under_budget
@@ -170,7 +171,7 @@ def _limits(
 def _base_model(model: nn.Module) -> nn.Module:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise AdapterError(f"allocate_ranks: a {type(model).__name__} averages gradients by itself; pass model.module")
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return bare_model(model)
 
 
 def _linears(module: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:

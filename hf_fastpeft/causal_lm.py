@@ -7,16 +7,15 @@ contract is served by the same block. The fast class therefore looks at the inst
 asked for, and leaves any other than TRL's alone. Neither the instance's attribute nor TRL's module is written to, and
 ``restore()`` leaves TRL's own forward in place.
 
-Both tell the layers which positions count (:mod:`hf_fastpeft.routing`). TRL's output has no logits. The other one's
-must stay stock's: such a forward is routed only if the last one's output was dropped, unread, before its backward
-began, as Trainer's are; logits that are read all the same come from a second forward.
+Both may tell the layers which positions count (:mod:`hf_fastpeft.routing`); that depends on the caller alone, never on
+what happened before. TRL's output has no logits. A Trainer, known by its ``num_items_in_batch``, wants the loss; where
+it reads the logits all the same they come from a second forward. Every other caller's forward keeps all positions.
 """
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from types import MethodType
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,11 +29,12 @@ from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_prob
 from hf_fastpeft.blocks.projection import Draw
 from hf_fastpeft.fast_module import COMPILED, FastModule
 from hf_fastpeft.layers import CACHE_NAMES, FastAttention, FastDecoderLayer
+from hf_fastpeft.lazy_output import LazyLogits, OutputWithLazyLogits, lazy_output_class, output_class_of
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
 from hf_fastpeft.routing import Plan, hooked, notices_rows, plan_route, take
 from hf_fastpeft.watch import Watch
 
-__all__ = ["CausalLMOutputWithLazyLogits", "FastCausalLM", "LazyLogits"]
+__all__ = ["FastCausalLM"]
 
 IGNORED = -100
 # the cache as an argument and in outputs: transformers 5.24 renamed it
@@ -43,8 +43,7 @@ ROWS = "rows"  # what :meth:`FastCausalLM._read` is asked for
 NOT_TRAINING = "not training: real logits"
 NO_LABELS = "no labels: real logits"
 FSDP1 = "FSDP 1 (it reads every field of an output)"
-FIRST = "first step: it shows whether its output's logits may be read"
-WANTED = "the last step's logits were read, or its output was kept beyond its loss"
+CALLER = "the caller may read the logits: it gives no num_items_in_batch, as Trainer does"
 FOREIGN = "foreign forward on this instance (another library patched it)"
 # how families other than ours scale their logits; what each means is the family's to say, in head_options
 SCALES = ("lm_head_multiplier", "logit_scale", "logits_scaling", "output_multiplier")
@@ -58,57 +57,6 @@ CLOSED_OVER = {
     "temperature",
     "text_config",
 }
-
-
-class LazyLogits:
-    """Stands for the logits in an output's mapping; a copy of the mapping takes it along.
-
-    Looks like a tensor as far as ``accelerate`` asks when it converts a half-precision output to float32.
-    """
-
-    def __init__(self, compute: Callable[[], torch.Tensor], dtype: torch.dtype) -> None:
-        self.compute, self.dtype = compute, dtype
-
-    def float(self) -> "LazyLogits":
-        """The same in float32, as lazily."""
-        return LazyLogits(lambda: self.compute().float(), torch.float32)
-
-
-@dataclass
-class CausalLMOutputWithLazyLogits(CausalLMOutputWithPast):
-    """``CausalLMOutputWithPast`` whose logits are computed when they are first read.
-
-    By attribute, by key, by position or in ``to_tuple()`` they are stock's logits, in the autograd graph; only
-    ``items()`` and ``values()``, with which libraries rebuild outputs, give the :class:`LazyLogits`.
-    """
-
-    @property
-    def logits(self) -> torch.Tensor | None:
-        """``(batch, seq_len, vocab_size)``, in the dtype that stock's would have."""
-        value = self.__dict__.get("logits")
-        if isinstance(value, LazyLogits):
-            value = self.logits = value.compute()
-        return value
-
-    @logits.setter
-    def logits(self, value: Any) -> None:
-        self.__dict__["logits"] = value
-
-    def __getitem__(self, k: Any) -> Any:
-        if isinstance(k, str):
-            value = super().__getitem__(k)
-            return self.logits if isinstance(value, LazyLogits) else value
-        keys = list(self.keys())[k]  # only what was asked for: outputs[0] is the loss
-        return self[keys] if isinstance(keys, str) else tuple(self[key] for key in keys)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As a dictionary's."""
-        value = super().get(key, default)
-        return self.logits if isinstance(value, LazyLogits) else value
-
-    def __reduce__(self) -> Any:
-        assert self.logits is None or isinstance(self.logits, torch.Tensor)  # computed: a pickle carries the tensor
-        return super().__reduce__()
 
 
 def _trl_options(forward: Any) -> dict[str, Any] | None:
@@ -249,6 +197,8 @@ class FastCausalLM(FastModule):
             return f"head has {low.weight.shape[0]} rows, config.vocab_size is {config.vocab_size}"
         if _loss_is_rounded(low.weight.dtype):
             return "float64 model (stock computes the loss in float32)"
+        if output_class_of(stock.forward) is None:
+            return f"{stock.__name__}.forward does not say what output it gives"
         options = self.head_options()
         return options if isinstance(options, str) else None
 
@@ -277,28 +227,28 @@ class FastCausalLM(FastModule):
             return "router logits"
         return self._loss_obstacle()
 
-    def _fused_loss(self, given: dict[str, Any]) -> CausalLMOutputWithLazyLogits:
+    def _fused_loss(self, given: dict[str, Any]) -> OutputWithLazyLogits:
         """Stock's output for these arguments, the logits left for later."""
         for name in ("logits_to_keep", "return_dict"):
             given.pop(name, None)
         targets_BS = _targets(given.pop("labels"), given.get("shift_labels"), given.get("ignore_index", IGNORED))
         mask_BS = targets_BS != given.get("ignore_index", IGNORED)
-        backbone, routing = getattr(self, self.base_model_prefix), self._fastpeft.routing
-        unsure = {None: FIRST, True: WANTED, False: None}[routing.logits_wanted]
+        backbone, num_items = getattr(self, self.base_model_prefix), given.get("num_items_in_batch")
+        unsure = CALLER if num_items is None else None
         rows_NH, places_N, outputs, again = _labelled_rows(self, backbone, (), given, mask_BS, unsure)
         options = self.head_options()
         assert isinstance(options, HeadOptions)
         stats = _token_stats(self, rows_NH, _chosen(targets_BS, places_N), options, entropy_gradient=False)
-        num_items = given.get("num_items_in_batch")
         if isinstance(num_items, torch.Tensor):
             num_items = num_items.to(stats.log_probs.device)
         loss = -stats.log_probs.mean() if num_items is None else -stats.log_probs.sum() / num_items
-        return CausalLMOutputWithLazyLogits(
-            loss=loss,
-            logits=_lazy_logits(self, outputs.last_hidden_state, again, rows_NH, options),
-            **{CACHE: getattr(outputs, CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        stock_class: Any = type(self).stock_class()
+        stock = output_class_of(stock_class.forward)
+        assert stock is not None
+        others = {field.name: getattr(outputs, field.name, None) for field in fields(stock)}
+        lazy = _lazy_logits(self, outputs.last_hidden_state, again, rows_NH, options)
+        return lazy_output_class(stock)(  # type: ignore[arg-type]
+            **{**others, "loss": loss, "logits": lazy}
         )
 
 
@@ -375,7 +325,7 @@ def _labelled_rows(
     if plan.route is None:
         outputs = backbone(*args, **kwargs)
     else:
-        again = _SecondForward(backbone, args, kwargs, mask_P)
+        again = _SecondForward(backbone, args, kwargs, mask_P, routing.backwards)
         outputs = backbone(*args, **kwargs, fastpeft_route=plan.route)
     rows_N = plan.rows_N
     if plan.route is not None and not plan.route.taken:  # a backbone that keeps its kwargs for itself
@@ -418,7 +368,8 @@ def _unroutable(model: "FastCausalLM", args: tuple[Any, ...], kwargs: dict[str, 
     if not model.training:
         return "not training"
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        if kwargs.get(name, getattr(model.config, name, False)):
+        asked = kwargs.get(name, getattr(model.config, name, False))
+        if asked is not None and asked is not False:  # 0 asks for the first layer's (transformers 5.24)
             return name
     if any(kwargs.get(name) is not None for name in CACHE_NAMES):
         return "a cache given"
@@ -432,12 +383,16 @@ def _chosen(targets_BS: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
 class _SecondForward:
     """The backbone's forward of now, once more and unrouted: with the same random numbers, without a cache."""
 
-    def __init__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.Tensor) -> None:
+    def __init__(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.Tensor, backwards: int
+    ) -> None:
         self.backbone, self.args, self.kwargs = backbone, args, {**kwargs, "use_cache": False}
-        self.draw = Draw(on)
+        self.draw, self.backwards = Draw(on), backwards
+        kind = on.device.type
+        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     def __call__(self) -> torch.Tensor:
-        with self.draw:
+        with self.draw, torch.enable_grad(), torch.autocast(*self.autocast):
             hidden_BSH: torch.Tensor = self.backbone(*self.args, **self.kwargs).last_hidden_state
         return hidden_BSH
 
@@ -469,43 +424,38 @@ def _lazy_logits(
     rows_NH: torch.Tensor,
     options: HeadOptions,
 ) -> LazyLogits:
-    """What stock would have returned, under the autocast of now, from these hidden states or those of ``again``.
-
-    Tells the model's routing whether somebody wants them: reads them, or keeps the output when the backward begins.
-    """
+    """What stock would have returned, under the autocast of now, from these hidden states or those of ``again``."""
     head: Any = model.get_output_embeddings()
-    routing = model._fastpeft.routing
-    kind = head.weight.device.type
+    routing, kind, version = model._fastpeft.routing, head.weight.device.type, head.weight._version
     enabled, autocast_dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    read, backwards = False, routing.backwards
 
     def compute() -> torch.Tensor:
-        nonlocal read
-        read = routing.logits_wanted = True
-        # an optimizer may have moved the parameters since, and not all bump their versions
-        if again is not None and backwards != routing.backwards:
-            raise RuntimeError(
-                "logits: this training step computed the labelled positions only, and a backward has run since; "
-                "read them before backward(), or patch_model(routing=False)"
-            )
+        if head.weight._version != version:
+            raise RuntimeError("logits: the head's weight was written to since this forward; read them before that")
+        hidden = hidden_BSH
+        if hidden is None:
+            # an optimizer may have moved the parameters since, and not all bump their versions
+            if again is None or again.backwards != routing.backwards:
+                raise RuntimeError(
+                    "logits: this training step computed the labelled positions only, and a backward has run since; "
+                    "read them before backward(), or patch_model(routing=False)"
+                )
+            routing.warn_of_second_forward()
+            hidden = again()
         with torch.enable_grad(), torch.autocast(kind, autocast_dtype, enabled):
-            logits: torch.Tensor = head(hidden_BSH if again is None else again())
+            logits: torch.Tensor = head(hidden)
             if options.scale != 1.0:
                 logits = logits * options.scale
             if options.softcap is not None:
                 logits = torch.tanh(logits / options.softcap) * options.softcap
         return logits
 
-    lazy = LazyLogits(compute, compute_dtype(rows_NH, head.weight) or rows_NH.dtype)
-    kept = weakref.ref(lazy)
-
     def begin(_: torch.Tensor) -> None:
         routing.backwards += 1
-        routing.logits_wanted = read or kept() is not None
 
-    if rows_NH.requires_grad:
+    if again is not None and rows_NH.requires_grad:
         rows_NH.register_hook(begin)  # type: ignore[no-untyped-call]
-    return lazy
+    return LazyLogits(compute, compute_dtype(rows_NH, head.weight) or rows_NH.dtype)
 
 
 def _trl_obstacle(model: Any, options: dict[str, Any]) -> str | None:

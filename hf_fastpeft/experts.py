@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from hf_fastpeft.causal_lm import CausalLMOutputWithLazyLogits, FastCausalLM
+from hf_fastpeft.causal_lm import FastCausalLM
 from hf_fastpeft.fast_module import FastModule
+from hf_fastpeft.lazy_output import OutputWithLazyLogits
 
 __all__ = ["FastMoeCausalLM", "StockExperts"]
 
@@ -31,7 +32,5 @@ class StockExperts(FastModule):
 class FastMoeCausalLM(FastCausalLM):
     """A CausalLM over experts. Asked for router logits, which add to the loss, it runs stock."""
 
-    def _fused_loss(self, given: dict[str, Any]) -> CausalLMOutputWithLazyLogits:
-        output = super()._fused_loss({**given, "output_router_logits": False})  # None asks the config, which says no
-        output.aux_loss = output.router_logits = None  # as in stock's where they are not asked for
-        return output
+    def _fused_loss(self, given: dict[str, Any]) -> OutputWithLazyLogits:
+        return super()._fused_loss({**given, "output_router_logits": False})  # None asks the config, which says no

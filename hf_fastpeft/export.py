@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_fastpeft.errors import AdapterError, RunExistsError
+from hf_fastpeft.families import bare_model
 from hf_fastpeft.tuners._gated import GatedLinear, full_tensor
 
 __all__ = ["export_to_lora"]
@@ -215,7 +216,7 @@ def _plain_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraC
         fan_in_fan_out=config.fan_in_fan_out,
         lora_dropout=config.lora_dropout,
         base_model_name_or_path=config.base_model_name_or_path
-        or getattr(_base_of(model), "name_or_path", None)
+        or getattr(bare_model(model), "name_or_path", None)
         or None,
         revision=config.revision,
         task_type=config.task_type,
@@ -236,12 +237,8 @@ def _target_modules(model: nn.Module, ranks: dict[str, int]) -> list[str] | str:
 def _auto_mapping(model: nn.Module, config: Any) -> dict[str, str] | None:
     if config.task_type is not None or config.auto_mapping:
         return config.auto_mapping  # type: ignore[no-any-return]  # from PEFT's config
-    base = type(_base_of(model))
+    base = type(bare_model(model))
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _prepare_folder(folder: Path, overwrite: bool) -> None:

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from hf_fastpeft.errors import UnknownFamilyError
 from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.layers import FastDecoderLayer
 
-__all__ = ["FAMILIES", "Family", "families_table", "load_family", "register_family"]
+__all__ = ["FAMILIES", "Family", "bare_model", "families_table", "load_family", "register_family"]
 
 # model_type -> module that defines FAMILY; families load when a model asks for them
 FAMILIES: dict[str, str] = {
@@ -91,6 +93,17 @@ def _family_row(family: Family) -> tuple[str, ...]:
 
 def _short(*groups: tuple[str, ...]) -> str:
     return ", ".join(name.removesuffix("_proj") for group in groups for name in group)
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a ``PeftModel``, or the model itself.
+
+    Not through ``get_base_model()``, which fails where the active adapter was deleted.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    inner = model.base_model
+    return inner.model if isinstance(inner, BaseTuner) else inner  # type: ignore[no-any-return]  # prompt methods: none
 
 
 def load_family(model: nn.Module) -> Family:

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
 from hf_fastpeft.causal_lm import FastCausalLM
+from hf_fastpeft.families import bare_model
 from hf_fastpeft.fast_module import FastModule
 
 __all__ = ["describe", "report_text"]
@@ -38,9 +38,8 @@ def describe(model: nn.Module, modules: Sequence[FastModule]) -> dict[str, Any]:
     for row in blocks.values():
         row["stock"], row["calls_stock"] = dict(row["stock"]), dict(row["calls_stock"])
     site = modules[0]._fastpeft
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
-        "model": type(bare).__name__,
+        "model": type(bare_model(model)).__name__,
         "model_type": site.origin.model_type,
         "impl": site.impl,
         "blocks": blocks,
@@ -86,6 +85,8 @@ def _routing_lines(data: dict[str, Any] | None) -> list[str]:
         f"padding removed in {padding['calls']} calls ({padding['of'] - padding['rows']} of {padding['of']} tokens)",
         f"last layer ran on labelled positions in {last['calls']} calls ({last['rows']} of {last['of']} tokens)",
     ]
+    if data["second_forwards"]:
+        lines.append(f"    run once more for logits that were read: {data['second_forwards']} calls")
     if data["obstacle"] is not None:
         lines.append(f"    every position now: {data['obstacle']}")
     past = {why: n for why, n in data["unrouted"].items() if why != data["obstacle"]}

@@ -13,6 +13,7 @@ Shape legend: B = batch, S = seq_len, P = B * S, T = real tokens (P where paddin
 D = head_dim, H = heads or hidden_size.
 """
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hf_fastpeft.lowrank import HOOKS, intercepted
+from hf_fastpeft.ops._backend import first_derivative_only
 from hf_fastpeft.watch import Watch
 
 __all__ = ["Plan", "Route", "Routing", "hooked", "notices_rows", "plan_route", "take"]
@@ -44,7 +46,7 @@ class _Take(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None]:
         (index,) = ctx.saved_tensors
         return _into_zeros(d_out, index, ctx.rows), None
@@ -59,7 +61,7 @@ class _Spread(torch.autograd.Function):
         return _into_zeros(x, index, rows)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (index,) = ctx.saved_tensors
         return d_out.index_select(0, index), None, None
@@ -143,17 +145,16 @@ class Routing:
 
     Attributes:
         enabled: the user's switch.
-        logits_wanted: whether the logits of the last output with lazy ones were read, or could still be in its
-            backward; None before the first.
-        backwards: backwards of such outputs so far.
+        backwards: backwards of routed forwards with lazy logits so far.
+        second_forwards: of these forwards, those that ran once more as somebody read the logits.
         calls: forwards "padding", "last_layer"; the rows that went through, and those that stock would have computed,
             as "padding_rows", "padding_of", "last_layer_rows", "last_layer_of".
         unrouted: reason -> forwards that ran as they came.
     """
 
     enabled: bool = True
-    logits_wanted: bool | None = None
     backwards: int = 0
+    second_forwards: int = 0
     calls: Counter[str] = field(default_factory=Counter)
     unrouted: Counter[str] = field(default_factory=Counter)
 
@@ -161,13 +162,28 @@ class Routing:
         """One forward in which ``rows`` of ``of`` rows went through ``part``."""
         self.calls.update({part: 1, f"{part}_rows": rows, f"{part}_of": of})
 
+    def warn_of_second_forward(self) -> None:
+        """Count one; the first says what it costs."""
+        self.second_forwards += 1
+        if self.second_forwards == 1:
+            warnings.warn(
+                "outputs.logits of a training step that left positions out was read: the model's forward runs once "
+                "more for it. patch_model(routing=False) keeps all positions",
+                stacklevel=2,
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Per part the forwards and rows, and why the others ran as they came."""
         parts = {
             part: {"calls": self.calls[part], "rows": self.calls[f"{part}_rows"], "of": self.calls[f"{part}_of"]}
             for part in ("padding", "last_layer")
         }
-        return {"enabled": self.enabled, **parts, "unrouted": dict(self.unrouted)}
+        return {
+            "enabled": self.enabled,
+            **parts,
+            "second_forwards": self.second_forwards,
+            "unrouted": dict(self.unrouted),
+        }
 
 
 def notices_rows(root: nn.Module | None, watch: Watch) -> str | None:

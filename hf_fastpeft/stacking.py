@@ -105,6 +105,7 @@ def _movable(weight: nn.Parameter, first: nn.Parameter) -> bool:
         and is_plain(weight)
         and weight.device.type in DEVICES
         and weight.numel() > 0
+        and weight.is_contiguous()
         and not hasattr(weight, "ds_id")  # partitioned by DeepSpeed
         and (weight.dtype, weight.device, weight.shape[1]) == (first.dtype, first.device, first.shape[1])
     )

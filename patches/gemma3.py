@@ -5,7 +5,7 @@ from typing import Any
 from transformers.models.gemma3 import modeling_gemma3 as stock
 
 from hf_fastpeft.blocks.lm_head import HeadOptions
-from hf_fastpeft.causal_lm import CausalLMOutputWithLazyLogits, FastCausalLM
+from hf_fastpeft.causal_lm import FastCausalLM
 from hf_fastpeft.families import Family
 
 from . import gemma3_text
@@ -24,11 +24,6 @@ class FastGemma3ForConditionalGeneration(FastCausalLM, stock.Gemma3ForConditiona
         if given.get("pixel_values") is not None or given.get("mm_encoder_outputs"):
             return "images: their hidden states are part of the output"
         return super()._call_obstacle(given)
-
-    def _fused_loss(self, given: dict[str, Any]) -> CausalLMOutputWithLazyLogits:
-        output = super()._fused_loss(given)
-        output.image_hidden_states = None  # as in stock's without images
-        return output
 
 
 FAMILY = Family(

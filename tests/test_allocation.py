@@ -394,10 +394,10 @@ def tall(num_layers):
 
 
 @pytest.mark.parametrize("num_layers", [2, 6])
-@pytest.mark.parametrize("patched", [False, True])
-def test_one_weight_gradient_is_alive_at_a_time(num_layers, handle, monkeypatch):
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_weight_gradient_is_alive_at_a_time(num_layers, fused, monkeypatch):
     model = tall(num_layers)
-    if handle:
+    if fused:
         patch_model(model)
     alive, peak, fired = {}, 0, 0
 

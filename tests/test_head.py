@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils.operations import recursively_apply
 from adapters import adapted_llama, step, token_batch, twin
 from datasets import Dataset
 from numerics import FLOAT64_REL, assert_no_worse, rel_err
@@ -19,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.trainer_pt_utils import nested_detach
 from transformers.utils.generic import find_labels
 
 from hf_fastpeft import causal_lm, patch_model, patched
 from hf_fastpeft.blocks import lm_head
-from hf_fastpeft.causal_lm import FastCausalLM, LazyLogits
+from hf_fastpeft.causal_lm import FastCausalLM
 from hf_fastpeft.fast_module import Site
+from hf_fastpeft.lazy_output import LazyLogits
 
 BATCH = token_batch()
 LABELS = BATCH["labels"]
@@ -200,7 +203,7 @@ def test_the_output_is_stocks():
         torch.testing.assert_close(a, b)
     assert got[CACHE].get_seq_length() == want[CACHE].get_seq_length() == 17
     assert got.get("attentions") is None
-    assert isinstance(dict(got.items())["logits"], LazyLogits)  # nobody has asked
+    assert isinstance(got.__dict__["logits"], LazyLogits)  # nobody has asked
     torch.testing.assert_close(got.logits, want.logits)
 
 
@@ -225,6 +228,13 @@ ASK = {
     "get": lambda out: out.get("logits"),
     "dict": lambda out: dict(**out)["logits"],
     "copy": lambda out: copy.copy(out).logits,
+    "items": lambda out: dict(out.items())["logits"],
+    "values": lambda out: list(out.values())[1],
+    "dictionary": lambda out: dict(out)["logits"],
+    "unpacked": lambda out: {**out}["logits"],
+    "pytree": lambda out: tree_leaves(out)[1],
+    "nested_detach": lambda out: nested_detach(out)["logits"],
+    "recursive": lambda out: recursively_apply(lambda t: t, out)["logits"],
 }
 
 
@@ -279,7 +289,7 @@ def test_accelerates_conversion_keeps_the_logits_lazy_and_real(wrapped):
         accelerator = Accelerator(mixed_precision="bf16", cpu=True)
         out = accelerator.prepare(model if wrapped == "peft" else causal(model))(**BATCH)
         if model is fast:
-            assert isinstance(dict(out.items())["logits"], LazyLogits)
+            assert isinstance(out.__dict__["logits"], LazyLogits)
         accelerator.backward(out.loss)
         outputs.append(out)
     want, got = outputs

@@ -10,13 +10,15 @@ from test_head import ReadsLogits, causal, loss_in_float64, losses, run_trainer
 from test_no_sync import Waits
 from test_trl import assert_same_run, dpo, sft
 from tiny import CACHE, VOCAB_SIZE, tiny_llama
+from torch.utils.checkpoint import checkpoint
 
 from hf_fastpeft import FastPeftCallback, causal_lm, layers, patch_model, patched
-from hf_fastpeft.causal_lm import FIRST, WANTED
+from hf_fastpeft.causal_lm import CALLER
 from hf_fastpeft.routing import Routing, notices_rows, plan_route
 from hf_fastpeft.watch import Watch
 
 B, S = 3, 17
+SECOND_FORWARD = "ignore:outputs.logits of a training step that left positions out"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SoRA. gates are not being pruned"),
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
@@ -37,7 +39,8 @@ def padded(mask, seed=0, masked=0.4):
     g = torch.Generator().manual_seed(seed + 100)
     hidden = (mask == 0) | (torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0)
     labels = batch["input_ids"].masked_fill(hidden | (torch.rand(mask.shape, generator=g) < masked), -100)
-    return {"input_ids": batch["input_ids"].masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": batch["input_ids"].masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+    return trainers(batch)
 
 
 RIGHT, LEFT = mask_of((0, 17), (0, 9), (0, 12)), mask_of((0, 17), (8, 17), (5, 17))
@@ -57,10 +60,14 @@ def routing_of(model):
     return causal(model)._fastpeft.routing
 
 
-def route(model):
-    """As after a step whose output was dropped."""
-    routing_of(model).logits_wanted = False
-    return model
+def trainers(batch):
+    """As Trainer gives it: with the number of labels, by which a caller says that it wants the loss alone."""
+    return {**batch, "num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
+
+
+def without_number(batch):
+    """As any other caller gives it."""
+    return {name: value for name, value in batch.items() if name != "num_items_in_batch"}
 
 
 def exact_pair(monkeypatch, method="lora", stock=None, **overrides):
@@ -70,7 +77,7 @@ def exact_pair(monkeypatch, method="lora", stock=None, **overrides):
     patch_model(fast)
     causal(stock).loss_function = loss_in_float64
     monkeypatch.setattr(causal_lm, "_loss_is_rounded", lambda dtype: False)
-    return stock, route(fast)
+    return stock, fast
 
 
 def scored(batch):
@@ -109,7 +116,7 @@ def test_full_fine_tuning_gives_padding_a_gradient_of_zero(monkeypatch):
     stock, fast = exact_pair(monkeypatch, stock=stock)
     batch = padded(RIGHT)
     assert_parity(stock, fast, batch)
-    assert (step(route(fast), batch)[1]["model.embed_tokens.weight"][0] == 0).all()
+    assert (step(fast, batch)[1]["model.embed_tokens.weight"][0] == 0).all()
     assert_routed(fast, batch, steps=2)
 
 
@@ -129,7 +136,7 @@ def test_gradient_accumulation(monkeypatch):
     gradients = []
     for model in (stock, fast):
         for seed, padding in enumerate(("both", "left", "one-token-rows")):
-            loss = model(**padded(PADDINGS[padding], seed), num_items_in_batch=40).loss
+            loss = model(**{**padded(PADDINGS[padding], seed), "num_items_in_batch": 40}).loss
             loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert routing_of(fast).calls["padding"] == 3
@@ -143,7 +150,7 @@ def test_eager_attention_stays_finite(padding):
     fast = twin(stock)
     patch_model(fast)
     batch = padded(PADDINGS[padding])
-    assert_parity(stock, route(fast), batch, tol=1e-5)
+    assert_parity(stock, fast, batch, tol=1e-5)
     assert_routed(fast, batch)
 
 
@@ -152,7 +159,7 @@ def test_what_stands_in_padding_reaches_nothing():
     causal(model).model.embed_tokens.weight.data[0] = float("nan")
     patch_model(model)
     batch = padded(PADDINGS["both"])
-    loss, gradients = step(route(model), batch)
+    loss, gradients = step(model, batch)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in gradients.values())
 
@@ -191,7 +198,7 @@ def test_packed_rows_only_lose_the_unscored_positions(monkeypatch):
     labels = ids.clone()
     labels[0, [0, 1, 2, 3, 9, 10, 11]] = -100
     batch = {"input_ids": ids, "labels": labels, "position_ids": torch.tensor([[*range(9), *range(11)]])}
-    assert_parity(stock, fast, batch)
+    assert_parity(stock, fast, trainers(batch))
     assert routing_of(fast).calls == {"last_layer": 1, "last_layer_rows": 13, "last_layer_of": 20}
     assert routing_of(fast).unrouted == {"padding: no attention mask": 1}
 
@@ -219,7 +226,7 @@ def test_few_labels(case, monkeypatch):
 
 def test_a_mean_over_no_label_is_nan_and_teaches_nothing(monkeypatch):
     stock, fast = exact_pair(monkeypatch)
-    batch = padded(RIGHT)
+    batch = without_number(padded(RIGHT))
     for model in (stock, fast):
         loss, gradients = step(model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
         assert loss.isnan()
@@ -284,7 +291,7 @@ def test_each_layer_sees_only_its_rows(monkeypatch):
 
     monkeypatch.setattr(type(causal(model).model.layers[0].self_attn), "eager_attention", staticmethod(attend))
     batch = padded(RIGHT)
-    route(model)(**batch)
+    model(**batch)
     T, N = int(RIGHT.sum()), scored(batch)
     assert N < T < B * S
     assert rows["attention_in"] == [(1, T)] * 3
@@ -296,10 +303,10 @@ def test_one_wait_a_step():
     model = adapted_llama("lora", torch.float32)
     patch_model(model)
     found = []
-    for ready in (None, False):  # the first step asks the device for its rows, as ever
-        routing_of(model).logits_wanted = ready
+    routed = padded(RIGHT)
+    for batch in (without_number(routed), routed):
         with Waits() as waits:
-            model(**padded(RIGHT))
+            model(**batch)
         found.append(waits.found)
     assert routing_of(model).calls["padding"] == 1
     assert len(found[1]) <= len(found[0])
@@ -321,27 +328,60 @@ def test_the_cache_of_a_training_step_has_stocks_real_positions(monkeypatch):
 # when the logits are wanted
 
 
-def test_a_step_is_routed_when_the_last_ones_output_was_dropped():
+def test_only_a_caller_that_wants_the_loss_alone_is_routed():
+    """Whatever was done with the outputs before."""
     model = adapted_llama("lora", torch.float32)
     patch_model(model)
     batch, routing = padded(RIGHT), routing_of(model)
+    others = without_number(batch)
+    for _ in range(3):
+        model(**others).loss.backward()
+    assert routing.calls == {}
+    assert routing.unrouted == {CALLER: 3}
     for _ in range(3):
         model(**batch).loss.backward()
-    assert routing.calls["padding"] == 2
-    assert routing.unrouted == {FIRST: 1}
-    out = model(**batch)  # as most loops hold it
-    out.loss.backward()
     assert routing.calls["padding"] == 3
-    out = model(**batch)
-    out.loss.backward()
-    del out
-    assert routing.unrouted == {FIRST: 1, WANTED: 1}
-    model(**batch).loss.backward()
-    assert routing.calls["padding"] == 3  # the last one's output was kept too
-    model(**batch).loss.backward()
-    assert routing.calls["padding"] == 4
+    assert routing.unrouted == {CALLER: 3}
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_logits_after_the_backward_are_stocks_for_every_other_caller(kept):
+    """Three steps that drop their output and a fourth that reads it."""
+    stock = adapted_llama("lora", torch.float32)
+    fast = twin(stock)
+    patch_model(fast)
+    batch = without_number(padded(RIGHT))
+    found = []
+    for model in (stock, fast):
+        for _ in range(3):
+            out = model(**batch)
+            out.loss.backward()
+            if not kept:
+                del out
+        out = model(**batch)
+        out.loss.backward()
+        found.append(out.logits)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_checkpointed_model_calls_decide_alike_in_the_recomputation(routed, monkeypatch):
+    """Two calls of the model under checkpoint() and one backward."""
+    stock, fast = exact_pair(monkeypatch)
+    batches = [padded(RIGHT, seed) for seed in (0, 1)]
+    found = []
+    for model in (stock, fast):
+        losses = []
+        for batch in batches:
+            given = batch if routed else without_number(batch)
+            losses.append(checkpoint(lambda g, model=model: model(**g).loss, given, use_reentrant=False))
+        (losses[0] + 2 * losses[1]).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert (routing_of(fast).calls["padding"] > 0) == routed
+    assert all(rel_err(found[1][name], want) < 1e-6 for name, want in found[0].items())
+
+
+@pytest.mark.filterwarnings(SECOND_FORWARD)
 def test_logits_of_a_routed_step_are_stocks(monkeypatch):
     stock, fast = exact_pair(monkeypatch)
     batch = padded(PADDINGS["both"])
@@ -358,9 +398,10 @@ def test_logits_of_a_routed_step_are_stocks(monkeypatch):
     assert rel_err(got_logits, want_logits) < FLOAT64_REL
     # the gradients of both ways meet behind the final norm, not before: its stock backward rounds each to float32
     assert all(rel_err(got[n], want[n]) < 1e-6 for n in want)
-    assert routing_of(fast).logits_wanted
+    assert routing_of(fast).second_forwards == 1
 
 
+@pytest.mark.filterwarnings(SECOND_FORWARD)
 def test_logits_with_random_numbers_are_stocks():
     """Attention's dropout and noise on the embeddings (NEFTune) are drawn as in the forward; nothing moves on."""
     stock = adapted_llama("lora", torch.float32, attn_implementation="eager", attention_dropout=0.2)
@@ -368,7 +409,7 @@ def test_logits_with_random_numbers_are_stocks():
     fast = twin(stock)
     patch_model(fast)
     batch, runs = padded(RIGHT), []
-    for model in (stock, route(fast)):
+    for model in (stock, fast):
         torch.manual_seed(3)
         out = model(**batch)
         state = torch.get_rng_state()
@@ -382,11 +423,10 @@ def test_logits_with_random_numbers_are_stocks():
 def test_logits_after_the_backward_of_a_routed_step_say_what_to_do():
     model = adapted_llama("lora", torch.float32)
     patch_model(model)
-    out = route(model)(**padded(RIGHT))
+    out = model(**padded(RIGHT))
     out.loss.backward()
     with pytest.raises(RuntimeError, match=r"read them before backward\(\), or patch_model\(routing=False\)"):
         out.to_tuple()
-    assert routing_of(model).logits_wanted
 
 
 def test_a_loop_that_reads_logits_after_its_optimizer_step_gets_the_forwards():
@@ -398,7 +438,7 @@ def test_a_loop_that_reads_logits_after_its_optimizer_step_gets_the_forwards():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         read.append([])
         for _ in range(4):
-            out = model(**padded(RIGHT))
+            out = model(**without_number(padded(RIGHT)))
             out.loss.backward()
             optimizer.step()
             read[-1].append(out.logits.detach())
@@ -412,8 +452,7 @@ def test_a_loop_that_reads_logits_after_its_optimizer_step_gets_the_forwards():
 def test_trainer_is_step_identical(bf16, tmp_path):
     stock, fast = (run_trainer(tmp_path, patch, bf16=bf16) for patch in (False, True))
     assert losses(fast) == pytest.approx(losses(stock), rel=3e-2 if bf16 else 1e-6)
-    assert routing_of(fast.model).calls["last_layer"] == 7
-    assert routing_of(fast.model).unrouted[FIRST] == 1
+    assert routing_of(fast.model).calls["last_layer"] == 8
 
 
 @pytest.fixture
@@ -426,11 +465,19 @@ def one_precision():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_trainer_that_reads_logits_is_hardly_routed(tmp_path):
+def test_a_trainer_that_reads_logits_is_not_routed(tmp_path):
     stock, fast = (run_trainer(tmp_path, patch, ReadsLogits) for patch in (False, True))
     assert losses(fast) == pytest.approx(losses(stock), rel=1e-5)
     assert routing_of(fast.model).calls == {}
-    assert routing_of(fast.model).unrouted == {FIRST: 1, WANTED: 7}
+    assert routing_of(fast.model).unrouted == {CALLER: 8}
+
+
+def test_the_first_second_forward_is_a_warning():
+    model = patch_model(adapted_llama("lora", torch.float32))
+    with pytest.warns(UserWarning, match=r"runs once more for it. patch_model\(routing=False\)"):
+        _ = model(**padded(RIGHT)).logits
+    _ = model(**padded(RIGHT)).logits
+    assert "run once more for logits that were read: 2 calls" in patched(model).report()
 
 
 # TRL's contract
@@ -568,7 +615,7 @@ def test_models_that_would_notice(state):
     handle = patched(patch_model(fast))
     for model in (stock, fast):
         state(model)
-    assert_unrouted(stock, route(fast), STATES[state])
+    assert_unrouted(stock, fast, STATES[state])
     assert handle.to_json()["routing"]["obstacle"] == STATES[state]
     assert f"every position now: {STATES[state]}" in handle.report()
 
@@ -577,7 +624,7 @@ def test_dropout_in_the_layers():
     stock = adapted_llama("lora", torch.float32, config={"lora_dropout": 0.3})
     fast = twin(stock)
     patch_model(fast)
-    assert_unrouted(stock, route(fast), "dropout in the layers (its masks would not be stock's)")
+    assert_unrouted(stock, fast, "dropout in the layers (its masks would not be stock's)")
     assert notices_rows(causal(fast).eval().model, Watch()) is None
 
 
@@ -592,7 +639,7 @@ def test_parts_that_are_not_patched(only, reason):
     stock = adapted_llama("lora", torch.float32)
     fast = twin(stock)
     patch_model(fast, only=only)
-    assert_unrouted(stock, route(fast), reason)
+    assert_unrouted(stock, fast, reason)
 
 
 @pytest.mark.parametrize("without", ["LlamaMLP", "LlamaRMSNorm", "LlamaModel"])
@@ -604,7 +651,7 @@ def test_stock_parts_inside_routed_layers(without, monkeypatch):
     causal(stock).loss_function = loss_in_float64
     monkeypatch.setattr(causal_lm, "_loss_is_rounded", lambda dtype: False)
     batch = padded(PADDINGS["both"])
-    assert_parity(stock, route(fast), batch)
+    assert_parity(stock, fast, batch)
     assert_routed(fast, batch)
 
 
@@ -614,20 +661,19 @@ def test_calls_that_want_every_position(reason):
     fast = twin(stock)
     patch_model(fast)
     batch = padded(RIGHT)
-    assert_unrouted(stock, route(fast), reason, {**batch, reason: True})
+    assert_unrouted(stock, fast, reason, {**batch, reason: True})
     for name in ("hidden_states", "attentions"):
         want, got = (getattr(model(**batch, **{reason: True}), name) or () for model in (stock, fast))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     # transformers leaves its recording hooks behind; they look at nothing that is not asked for
-    assert_parity(stock, route(fast), batch, tol=1e-5)
+    assert_parity(stock, fast, batch, tol=1e-5)
     assert_routed(fast, batch)
 
 
 def test_evaluation_is_never_routed():
     model = adapted_llama("lora", torch.float32)
     patch_model(model)
-    route(model)
     trl.trainer.utils.add_fused_lm_head(causal(model))
     causal(model)(**padded(RIGHT), fused_lm_head=True)
     assert routing_of(model).calls["padding"] == 1
@@ -655,11 +701,11 @@ def test_the_switch():
     stock = adapted_llama("lora", torch.float32)
     fast = twin(stock)
     handle = patched(patch_model(fast, routing=False))
-    assert_unrouted(stock, route(fast), "switched off (routing=False)")
+    assert_unrouted(stock, fast, "switched off (routing=False)")
     assert handle.to_json()["routing"]["enabled"] is False
     callback = FastPeftCallback(routing=False)
     callback.on_init_end(None, None, None, model=adapted_llama())
-    assert callback.handle.to_json()["routing"]["obstacle"] == "switched off (routing=False)"
+    assert callback.patched.to_json()["routing"]["obstacle"] == "switched off (routing=False)"
 
 
 def test_a_backbone_that_keeps_its_kwargs(monkeypatch):
@@ -680,13 +726,14 @@ def test_the_report_tells_rows_and_reasons():
     model = adapted_llama("lora", torch.float32)
     handle = patched(patch_model(model))
     batch = padded(RIGHT)
-    for _ in range(3):
+    model(**without_number(batch)).loss.backward()
+    for _ in range(2):
         model(**batch).loss.backward()
     T, N = int(RIGHT.sum()), scored(batch)
     text = handle.report()
     assert f"padding removed in 2 calls ({2 * (B * S - T)} of {2 * B * S} tokens)" in text
     assert f"last layer ran on labelled positions in 2 calls ({2 * N} of {2 * T} tokens)" in text
-    assert f"every position: {FIRST} (1 calls)" in text
+    assert f"every position: {CALLER} (1 calls)" in text
     before = handle.to_json()["routing"]
     handle.restore()
     assert handle.to_json()["routing"] == before
@@ -726,7 +773,7 @@ def test_a_layer_that_occurs_twice_is_not_routed():
     layers[1] = layers[0]
     fast = twin(stock)
     handle = patched(patch_model(fast))
-    batch = {**token_batch(), "use_cache": False}  # its keys would be cached twice
+    batch = {**trainers(token_batch()), "use_cache": False}  # its keys would be cached twice
     for _ in range(3):
         (loss, want), (found, got) = step(stock, batch), step(fast, batch)
         assert rel_err(found, loss) < 1e-4

@@ -198,7 +198,7 @@ def test_restore_leaves_trls_forward_in_place(tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     fast = causal(ids, labels=ids, fused_lm_head=True)
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FastPeftCallback))
-    callback.handle.restore()
+    callback.patched.restore()
     assert type(causal).__qualname__ == "LlamaForCausalLM"
     stock = causal(ids, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(fast.log_probs, stock.log_probs)

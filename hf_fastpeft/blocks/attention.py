@@ -20,7 +20,7 @@ from hf_fastpeft.blocks._function import (
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, needs_input, project, project_bwd
-from hf_fastpeft.ops._backend import Impl
+from hf_fastpeft.ops._backend import Impl, first_derivative_only
 from hf_fastpeft.ops.qk_norm import norm_rotate, norm_rotate_bwd
 from hf_fastpeft.ops.rms_norm import Norm
 from hf_fastpeft.ops.rope import rotate
@@ -91,10 +91,12 @@ class _AttentionIn(torch.autograd.Function):
         if layout.norm is None:
             kept_TI = x_TI if needs_input(ctx.needs_input_grad[FIRST:]) else None
         ctx.save_for_backward(kept_TI, norm_weight, rstd_T1, q_weight, k_weight, *before, P_TR, cos, sin, *tensors)
+        # the same memory without autograd's notion of a view: an attention function may work in place on each
+        q, k, v = q.data, k.data, v.data
         return (q, k, v, h) if layout.residual else (q, k, v)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor, d_residual=None) -> tuple[Any, ...]:
         h_TI, norm_weight, rstd_T1, q_weight, k_weight, z_TO, q_rstd, k_rstd, P_TR, cos, sin, *tensors = (
             ctx.saved_tensors
@@ -168,7 +170,7 @@ class _AttentionOut(torch.autograd.Function):
         return out_TO
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, d_out: torch.Tensor) -> tuple[Any, ...]:
         x_TI, P_TR, *tensors = ctx.saved_tensors
         d_z_TO = tokens(d_out, ctx.plan.dtype)

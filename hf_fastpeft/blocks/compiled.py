@@ -30,7 +30,7 @@ from hf_fastpeft.blocks.mlp import _MLP
 from hf_fastpeft.blocks.mlp import _Layout as _MLPLayout
 from hf_fastpeft.blocks.projection import Plan, make_plan, side_dtype_of
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR, LowRank
-from hf_fastpeft.ops._backend import Impl, define_op, use_triton
+from hf_fastpeft.ops._backend import TWICE, Impl, define_op, use_triton
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, _RMSNorm
 
@@ -151,7 +151,7 @@ def _define(
 
 
 def _twice(*_: Any) -> None:
-    raise RuntimeError("the blocks' gradients cannot be differentiated once more")
+    raise RuntimeError(TWICE)
 
 
 class _Context:

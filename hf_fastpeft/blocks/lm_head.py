@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fastpeft.ops._backend import Impl
+from hf_fastpeft.ops._backend import Impl, first_derivative_only
 from hf_fastpeft.ops.vocab_fold import VocabStats, fold, lift_of
 
 __all__ = ["HeadOptions", "TokenStats", "lm_head_log_probs"]
@@ -138,7 +138,7 @@ class _LMHead(torch.autograd.Function):
         return log_probs_N, entropy_N, squares_N, mean_N, is_top1_N
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, d_log_probs, d_entropy, *_) -> tuple[Any, ...]:
         gradient_NH, unsure_N, *others = ctx.saved_tensors
         d_hidden_NH = None

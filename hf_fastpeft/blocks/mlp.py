@@ -21,7 +21,7 @@ from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.projection import Plan, add_weight_grads, needs_input, project, project_bwd
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
-from hf_fastpeft.ops._backend import Impl
+from hf_fastpeft.ops._backend import Impl, first_derivative_only
 from hf_fastpeft.ops.glu import Activation, glu_bwd, glu_fwd
 from hf_fastpeft.ops.rms_norm import Norm
 
@@ -66,7 +66,7 @@ class _MLP(torch.autograd.Function):
         return out_TI
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, d_out: torch.Tensor) -> tuple[Any, ...]:
         h_TI, norm_weight, rstd_T1, z_TF, P_TR, P_down_TR, *tensors = ctx.saved_tensors
         layout, (plan, down_plan), first = ctx.layout, ctx.plans, ctx.first

@@ -14,7 +14,18 @@ try:
 except ImportError:  # CPU-only installations may have no Triton
     triton = tl = None
 
-__all__ = ["IMPLS", "Impl", "define_op", "launch_op", "on_device", "tl", "triton", "use_triton"]
+__all__ = [
+    "IMPLS",
+    "TWICE",
+    "Impl",
+    "define_op",
+    "first_derivative_only",
+    "launch_op",
+    "on_device",
+    "tl",
+    "triton",
+    "use_triton",
+]
 
 Impl = Literal["auto", "triton", "torch"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "torch")
@@ -57,6 +68,31 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
+
+
+TWICE = (
+    "hf_fastpeft: a gradient of the fused blocks is asked for with create_graph=True, and they have no second "
+    "derivative; run the step on stock modules: hf_fastpeft.restore(model), and patch_model(model) afterwards"
+)
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a Function's ``backward`` that computes without a graph: an error where a graph is wanted.
+
+    torch's own ``once_differentiable`` raises only where a gradient that came in carries a graph. At the end of a
+    model none does, and the second derivative would be lost without a word.
+
+    Raises:
+        RuntimeError: grad mode is on in the backward, as it is under ``create_graph=True``.
+    """
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *d_outs: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
+        return backward(ctx, *d_outs)
+
+    return call
 
 
 def define_op(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
+from hf_fastpeft.ops._backend import Impl, first_derivative_only, launch_op, on_device, tl, triton, use_triton
 
 __all__ = ["Activation", "geglu", "geglu_torch", "glu_bwd", "glu_fwd", "swiglu", "swiglu_torch"]
 
@@ -208,7 +208,7 @@ class _GLU(torch.autograd.Function):
         return glu_fwd(gate_ND, up_ND, activation, impl).view(gate.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         gate_ND, up_ND = ctx.saved_tensors
         d_gate_ND, d_up_ND = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate_ND, up_ND))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
+from hf_fastpeft.ops._backend import Impl, first_derivative_only, launch_op, on_device, tl, triton, use_triton
 
 __all__ = ["Norm", "rms_norm", "rms_norm_bwd", "rms_norm_fwd", "rms_norm_torch"]
 
@@ -296,7 +296,7 @@ class _RMSNorm(torch.autograd.Function):
         return out_ND
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         x_ND, weight, rstd_N1 = ctx.saved_tensors
         d_x_ND, d_weight_D = rms_norm_bwd(

@@ -7,7 +7,7 @@ Shape legend: B = batch, S = seq_len, H = heads (Q of queries, K of keys), D = h
 
 import torch
 
-from hf_fastpeft.ops._backend import Impl, launch_op, on_device, tl, triton, use_triton
+from hf_fastpeft.ops._backend import Impl, first_derivative_only, launch_op, on_device, tl, triton, use_triton
 
 __all__ = ["rope", "rope_torch", "rotate"]
 
@@ -265,7 +265,7 @@ class _RoPE(torch.autograd.Function):
         return q_out, k_out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, d_q, d_k):
         cos, sin = ctx.saved_tensors
         d_q_in, d_k_in = torch.empty_like(d_q), torch.empty_like(d_k)

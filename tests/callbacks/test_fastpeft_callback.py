@@ -32,8 +32,8 @@ def test_a_model_from_model_init(tmp_path, late):
         trainer.add_callback(callback)
     trainer.train()
     assert patched_modules(trainer.model) == 13
-    assert callback.handle.model is trainer.model
-    assert callback.handle.to_json()["blocks"]["mlp"]["calls_fused"] == 4
+    assert callback.patched.model is trainer.model
+    assert callback.patched.to_json()["blocks"]["mlp"]["calls_fused"] == 4
 
 
 def test_a_script_that_patched_the_model_itself_is_left_alone(tmp_path):
@@ -42,5 +42,5 @@ def test_a_script_that_patched_the_model_itself_is_left_alone(tmp_path):
     model, callback = tiny_llama(), FastPeftCallback()
     patch_model(model, only="LlamaMLP")
     Trainer(model, args=arguments(tmp_path), train_dataset=ROWS, callbacks=[callback]).train()
-    assert callback.handle is None
+    assert callback.patched is None
     assert patched_modules(model) == 2

@@ -85,8 +85,7 @@ def _forward_over(stock: Any) -> Callable[..., Any]:
         if torch.compiler.is_compiling() or not isinstance(self, FastCausalLM):
             return stock.forward(self, *args, **kwargs)
         given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        if CACHE == "cache" and "past_key_values" in given and given[CACHE] is None:  # deprecated; PEFT 0.21 uses it
-            given[CACHE] = given.pop("past_key_values")
+        given = _with_cache_by_name(given)
         reason = self._call_obstacle(given)
         if reason is not None or len(args) > len(defaults) or not kwargs.keys().isdisjoint([*defaults][: len(args)]):
             self._fastpeft.fall_back("lm_head", reason or "arguments that stock refuses")
@@ -97,6 +96,14 @@ def _forward_over(stock: Any) -> Callable[..., Any]:
     del forward.__wrapped__
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+def _with_cache_by_name(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in which the cache has the name of this release: the one before, which PEFT 0.21 uses, is deprecated."""
+    if CACHE != "cache" or "past_key_values" not in given or given.get(CACHE) is not None:
+        return given
+    others = {name: value for name, value in given.items() if name != "past_key_values"}
+    return {**others, CACHE: given["past_key_values"]}
 
 
 class _ForwardOf:
@@ -479,6 +486,7 @@ def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *ar
         if reason is not COMPILED:
             model._fastpeft.fall_back("lm_head", reason)
         return own(*args, **kwargs)
+    kwargs = _with_cache_by_name(kwargs)
     kwargs.pop("fused_lm_head")
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     num_items_in_batch = kwargs.pop("num_items_in_batch", None)

@@ -263,9 +263,9 @@ def test_mistakes_are_told_before_the_model_loads(base, tmp_path, console):
 
 
 def test_a_model_that_cannot_be_patched_names_the_way_out(base, tmp_path, console, monkeypatch):
-    from hf_fastpeft import patching
+    from hf_fastpeft import families
 
-    monkeypatch.setattr(patching, "FAMILIES", {})
+    monkeypatch.setattr(families, "FAMILIES", {})
     with pytest.raises(UnknownFamilyError, match=r"set fastpeft\.patch: false"):
         train(config(base, tmp_path / "out"), console=console)
 

@@ -28,10 +28,11 @@ from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
 from hf_fastpeft.blocks.projection import Draw
 from hf_fastpeft.fast_module import COMPILED, FastModule
+from hf_fastpeft.hooks import hooked
 from hf_fastpeft.layers import CACHE_NAMES, FastAttention, FastDecoderLayer
 from hf_fastpeft.lazy_output import LazyLogits, OutputWithLazyLogits, lazy_output_class, output_class_of
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
-from hf_fastpeft.routing import Plan, hooked, notices_rows, plan_route, take
+from hf_fastpeft.routing import Plan, notices_rows, plan_route, take
 from hf_fastpeft.watch import Watch
 
 __all__ = ["FastCausalLM"]
@@ -99,7 +100,7 @@ def _forward_over(stock: Any) -> Callable[..., Any]:
 
 
 def _with_cache_by_name(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments in which the cache has the name of this release: the one before, which PEFT 0.21 uses, is deprecated."""
+    """Arguments in which the cache has this release's name; the one before, which PEFT 0.21 uses, is deprecated."""
     if CACHE != "cache" or "past_key_values" not in given or given.get(CACHE) is not None:
         return given
     others = {name: value for name, value in given.items() if name != "past_key_values"}
@@ -388,12 +389,15 @@ def _chosen(targets_BS: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
 
 
 class _SecondForward:
-    """The backbone's forward of now, once more and unrouted: with the same random numbers, without a cache."""
+    """The backbone's forward of now, once more and unrouted, with the same random numbers.
+
+    It makes a cache of its own where the first one did: transformers looks for packed rows only without a cache.
+    """
 
     def __init__(
         self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.Tensor, backwards: int
     ) -> None:
-        self.backbone, self.args, self.kwargs = backbone, args, {**kwargs, "use_cache": False}
+        self.backbone, self.args, self.kwargs = backbone, args, kwargs
         self.draw, self.backwards = Draw(on), backwards
         kind = on.device.type
         self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.ops._backend import Impl
-from hf_fastpeft.routing import Routing, hooked
+from hf_fastpeft.routing import Routing
 from hf_fastpeft.watch import Glance, Watch
 
 __all__ = ["COMPILED", "FastModule", "Readings", "Site"]
@@ -169,11 +169,6 @@ class FastModule(nn.Module):
         else:
             readings[block] = self.__dict__["_modules"], watch, found
         return found
-
-    def _mind_hooks(self) -> None:
-        """Hooks on this module run in the midst of the model's forward and may have written to adapters."""
-        if (self._forward_pre_hooks or self._forward_hooks) and hooked(self):
-            self._fastpeft.adapters.distrust()
 
     def _may_fuse(self) -> str | None:
         """What rules out every block of this call, before any layer is read."""

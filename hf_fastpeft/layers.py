@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_fastpeft.blocks import attention_in, attention_out, compiled, mlp
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.fast_module import FastModule
-from hf_fastpeft.lowrank import intercepted, is_plain, read
+from hf_fastpeft.hooks import foreign_code, intercepted
+from hf_fastpeft.lowrank import is_plain, read
 from hf_fastpeft.ops.glu import Activation
 from hf_fastpeft.ops.rms_norm import Norm, rms_norm
 from hf_fastpeft.routing import Route
@@ -28,6 +29,8 @@ from hf_fastpeft.watch import Watch
 
 __all__ = ["CACHE_NAMES", "FastAttention", "FastBackbone", "FastDecoderLayer", "FastMLP", "FastRMSNorm"]
 
+FOREIGN = "foreign"  # what :meth:`FastBackbone._read` is asked for
+KNOWN_ATTENTION = ("torch.", "transformers.")  # modules of attention functions that write to nobody's parameters
 DROPPED = "dropout inside torch.compile"
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 
@@ -124,7 +127,6 @@ class FastMLP(FastModule):
         return down if isinstance(down, str) else (stack, down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._mind_hooks()
         return self.run(x)
 
     def run(self, h: torch.Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> torch.Tensor:
@@ -284,7 +286,6 @@ class FastAttention(FastModule):
             for block in self.blocks:
                 self._fastpeft.fall_back(block, reason)
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        self._mind_hooks()
         return self.run(given.pop("hidden_states"), given.pop("position_embeddings"), **given)
 
     def _argument_obstacle(self, given: dict[str, Any], count: int) -> str | None:
@@ -311,6 +312,7 @@ class FastAttention(FastModule):
 
         ``h`` is what the route lets in, the result what it lets go on.
         """
+        site = self._fastpeft
         cos, sin = position_embeddings if route is None else map(route.table, position_embeddings)
         q, k, v, around = self._project_in(h, cos, sin, norm, residual=residual)
         if route is not None:
@@ -321,6 +323,8 @@ class FastAttention(FastModule):
             options = {"kwargs": kwargs} if self.cache_name == "cache" else {}
             k, v = cache.update(k, v, self.layer_idx, **options)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, type(self).eager_attention)
+        if not str(getattr(attend, "__module__", None)).startswith(KNOWN_ATTENTION):
+            site.adapters.distrust()
         out, weights = attend(
             self,
             q,
@@ -359,7 +363,10 @@ def _counted_forward(stock: type[nn.Module]) -> Callable[..., Any]:
         # the class is stock's again after restore(), while others may hold this function
         if torch.compiler.is_compiling() or not isinstance(self, FastBackbone) or "_is_replica" in self.__dict__:
             return stock.forward(self, *args, **kwargs)
-        with self._fastpeft.adapters.forward(self):
+        adapters = self._fastpeft.adapters
+        with adapters.forward(self):
+            if self._bundles(FOREIGN):
+                adapters.distrust()
             return stock.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature(stock.forward)  # type: ignore[attr-defined]
@@ -368,6 +375,11 @@ def _counted_forward(stock: type[nn.Module]) -> Callable[..., Any]:
 
 class FastBackbone(FastModule):
     """The model without its head: its forward is what the age of the adapters' copies is counted in."""
+
+    def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
+        """For :data:`FOREIGN`: whose code may write to adapters in the midst of a forward."""
+        assert block == FOREIGN
+        return foreign_code(self, watch) or ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -410,7 +422,6 @@ class FastDecoderLayer(FastModule):
             assert fastpeft_route is None
             kwargs["position_embeddings"] = position_embeddings
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        self._mind_hooks()
         h = hidden_states if fastpeft_route is None else fastpeft_route.enter(hidden_states)
         h = self._attend(h, fastpeft_route, position_embeddings=position_embeddings, **kwargs)
         return self._feed_forward(h)

@@ -19,14 +19,13 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hf_fastpeft.hooks import intercepted
 from hf_fastpeft.watch import Watch
 
 __all__ = [
-    "HOOKS",
     "TENSORS_PER_LINEAR",
     "LowRank",
     "compute_dtype",
-    "intercepted",
     "is_plain",
     "read",
     "read_base",
@@ -36,7 +35,6 @@ __all__ = [
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TENSORS_PER_LINEAR = 6
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LowRank(NamedTuple):
@@ -101,24 +99,6 @@ def read(module: nn.Module, watch: Watch | None = None) -> LowRank | str:
             if tensor is not None:
                 watch.data(tensor, rows=tensor is record.weight)
     return record
-
-
-def intercepted(module: nn.Module, watch: Watch | None = None) -> str | None:
-    """Why bypassing ``module.forward`` would skip somebody else's code, or None. Global hooks are the caller's."""
-    state = module.__dict__
-    if watch is not None:
-        for name in ("forward", *HOOKS):
-            watch.is_set(module, name)
-    if "forward" in state:
-        return f"{type(module).__name__} has a forward of its own (hook or foreign patch)"
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        return f"hooks on {type(module).__name__}"
-    return None
 
 
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:

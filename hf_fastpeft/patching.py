@@ -20,7 +20,7 @@ from hf_fastpeft.fast_module import FastModule, Origin, Site
 from hf_fastpeft.ops._backend import IMPLS, Impl, use_triton
 from hf_fastpeft.report import describe, report_text
 from hf_fastpeft.routing import Routing
-from hf_fastpeft.stacking import Placement, weights_of
+from hf_fastpeft.stacking import Placement, unstack_weights, weights_of
 
 __all__ = ["Patched", "patch_model", "patched", "restore", "stock_forwards"]
 
@@ -118,13 +118,19 @@ def _patch(chosen: list[tuple[nn.Module, type[FastModule]]], impl: Impl, routing
             for module, fast in chosen:
                 module._fastpeft = Site(impl, adapters, routing, origin)  # type: ignore[assignment]
                 _set_class(module, fast)
-                for names in getattr(module, "linears", {}).values():
-                    weights = weights_of(module, names)
-                    if weights is not None:
-                        placement.stack(weights)
+                for weights in _stacks_of(module):
+                    placement.stack(weights)
     except BaseException:
-        placement.restore()
+        for module, fast in chosen:
+            for weights in _stacks_of(module, fast):
+                unstack_weights(weights)
         raise
+
+
+def _stacks_of(module: nn.Module, fast: type[FastModule] | None = None) -> list[list[nn.Parameter]]:
+    """The weights that a fast module, or one that would be of class ``fast``, multiplies with together."""
+    linears = getattr(fast or module, "linears", {})
+    return [weights for names in linears.values() if (weights := weights_of(module, names)) is not None]
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -260,9 +266,9 @@ def restore(model: ModelT) -> ModelT:
     """
     fast = [(path, module) for path, module in model.named_modules() if isinstance(module, FastModule)]
     _refuse_derived(fast)
-    placements = {id(p): p for _, module in fast if (p := module._fastpeft.adapters.placement) is not None}
-    for placement in placements.values():
-        placement.restore()
+    for _, module in fast:
+        for weights in _stacks_of(module):
+            unstack_weights(weights)
     with _all_or_nothing(module for _, module in fast):
         for _, module in fast:
             del module._fastpeft

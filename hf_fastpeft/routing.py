@@ -22,17 +22,15 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_fastpeft.lowrank import HOOKS, intercepted
+from hf_fastpeft.hooks import HOOKS, hooked
 from hf_fastpeft.ops._backend import first_derivative_only
 from hf_fastpeft.watch import Watch
 
-__all__ = ["Plan", "Route", "Routing", "hooked", "notices_rows", "plan_route", "take"]
+__all__ = ["Plan", "Route", "Routing", "notices_rows", "plan_route", "take"]
 
 # The share of rows that must go before a layer's three scatters and one gather, about 2 % of its memory traffic and
 # none of its products, are worth it.
 WORTH = 0.05
-# Hooks of these modules look at no shape: FSDP2 gathers parameters, transformers records outputs if it was asked to.
-HARMLESS_HOOKS = ("torch.distributed.fsdp.", "transformers.utils.output_capturing")
 MOST_TABLES = 4  # cos and sin of two kinds of layers; FSDP2's mixed precision casts a new copy for every layer
 
 
@@ -200,18 +198,6 @@ def notices_rows(root: nn.Module | None, watch: Watch) -> str | None:
                 return "dropout in the layers (its masks would not be stock's)"
         pending += watch.children(module)
     return None
-
-
-def hooked(module: nn.Module) -> str | None:
-    """Why calling ``module`` with other rows would show; hooks that look at no shape do not count."""
-    state = module.__dict__
-    if "forward" not in state and all(_harmless(state[name]) for name in HOOKS):
-        return None
-    return intercepted(module)
-
-
-def _harmless(hooks: dict[int, Any]) -> bool:
-    return all(str(getattr(hook, "__module__", "")).startswith(HARMLESS_HOOKS) for hook in hooks.values())
 
 
 class Plan(NamedTuple):

@@ -10,7 +10,6 @@ weights lie, multiply one by one where they are apart, and :class:`Placement` pu
 """
 
 from collections.abc import Iterable, Sequence
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ __all__ = [
     "Placement",
     "adjacent",
     "is_sharded",
+    "is_stacked",
     "owns_storage",
     "several_processes",
     "span",
@@ -34,8 +34,8 @@ __all__ = [
 
 DEVICES = ("cpu", "cuda")  # where a part of a tensor's memory can get a storage of its own
 USERS = 2  # of a storage that one tensor has, while we hold the storage itself to ask
-# start address of a buffer -> its storage, as long as one of its parts is in use
-_buffers: dict[int, StorageWeakRef] = {}
+# start address of a buffer -> its storage, and its end; as long as one of its parts is in use
+_buffers: dict[int, tuple[StorageWeakRef, int]] = {}
 
 
 def weights_of(owner: nn.Module, names: Iterable[str]) -> list[nn.Parameter] | None:
@@ -91,12 +91,25 @@ def stack_weights(weights: Sequence[nn.Parameter]) -> bool:
         parts = torch.split(buffer, rows)
         if not isinstance(buffer, FakeTensor):  # a trace has no memory that a saver could ask for
             parts = tuple(from_dlpack(part) for part in parts)
-            for address in [address for address, storage in _buffers.items() if storage.expired()]:  # type: ignore[no-untyped-call]
+            for address in [address for address in _buffers if not _is_alive(address)]:
                 del _buffers[address]
-            _buffers[buffer.data_ptr()] = StorageWeakRef(buffer.untyped_storage())  # type: ignore[no-untyped-call]
+            start, storage = buffer.data_ptr(), buffer.untyped_storage()
+            _buffers[start] = StorageWeakRef(storage), start + storage.nbytes()  # type: ignore[no-untyped-call]
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part
     return True
+
+
+def _is_alive(address: int) -> bool:
+    return address in _buffers and not _buffers[address][0].expired()  # type: ignore[no-untyped-call]
+
+
+def is_stacked(weight: torch.Tensor) -> bool:
+    """Whether the weight lies in a buffer, whatever lies beside it now."""
+    if isinstance(weight, FakeTensor) or weight.is_meta:
+        return False
+    place = weight.data_ptr()
+    return any(start <= place < end and _is_alive(start) for start, (_, end) in _buffers.items())
 
 
 def _movable(weight: nn.Parameter, first: nn.Parameter) -> bool:
@@ -112,9 +125,10 @@ def _movable(weight: nn.Parameter, first: nn.Parameter) -> bool:
 
 
 def unstack_weights(weights: Iterable[nn.Parameter]) -> None:
-    """Give each weight contiguous memory outside of any buffer again."""
+    """Give each weight that lies in a buffer memory outside of it again."""
     for weight in weights:
-        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        if is_stacked(weight):
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
 
 def owns_storage(weight: torch.Tensor) -> bool:
@@ -141,7 +155,7 @@ def adjacent(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     if isinstance(first, FakeTensor):
         return _adjacent_views(weights)
     end, width = first.data_ptr(), first.shape[1]
-    if end not in _buffers or _buffers[end].expired():  # type: ignore[no-untyped-call]
+    if not _is_alive(end):
         return None
     for weight in weights:
         if weight.data_ptr() != end or weight.dtype != first.dtype or weight.shape[1] != width:
@@ -169,7 +183,7 @@ def span(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     shape = sum(weight.shape[0] for weight in weights), first.shape[1]
     if isinstance(first, FakeTensor):
         return first.detach().as_strided(shape, first.stride())
-    storage = torch.UntypedStorage._new_with_weak_ptr(_buffers[first.data_ptr()].cdata)
+    storage = torch.UntypedStorage._new_with_weak_ptr(_buffers[first.data_ptr()][0].cdata)
     assert storage is not None
     with torch.no_grad():
         return first.new_empty(0).set_(storage, 0, shape, first.stride())
@@ -184,22 +198,20 @@ class Placement:
 
     def __init__(self) -> None:
         self._tried: dict[tuple[int, ...], tuple[int, ...]] = {}  # stack -> where it lay when it could not be stacked
-        self._moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
-        self._stacks: dict[int, tuple[int, ...]] = {}  # the stack of each moved weight
+        self._stacks: dict[int, tuple[int, ...]] = {}  # of each weight that was moved
 
     def __reduce__(self) -> tuple[type["Placement"], tuple[()]]:
         """Copied and pickled weights have memory of their own."""
         return Placement, ()
 
     def stack(self, weights: Sequence[nn.Parameter]) -> bool:
-        """:func:`stack_weights`, to be undone by :meth:`restore`; not where others would notice."""
+        """:func:`stack_weights`, but not where others would notice."""
         ids = tuple(map(id, weights))
         if any(self._fixed(weight, ids) for weight in weights) or any(map(_is_aliased, weights)):
             return False
         if not stack_weights(weights):
             return False
         for weight in weights:
-            self._moved[id(weight)] = weight
             self._stacks[id(weight)] = ids
         return True
 
@@ -217,15 +229,9 @@ class Placement:
         """Whether these weights, where they lie now, were not yet found to be fixed there."""
         return self._tried.get(tuple(map(id, weights))) != tuple(weight.data_ptr() for weight in weights)
 
-    def restore(self) -> None:
-        """Give every weight that was moved here memory of its own for good."""
-        unstack_weights(self._moved.values())
-        self._moved.clear()
-        self._stacks.clear()
-
     def _fixed(self, weight: torch.Tensor, stack: tuple[int, ...]) -> bool:
         """Whether this weight must stay where it is, as others know its memory or it belongs elsewhere."""
-        if hasattr(weight, "ds_id") or (id(weight) in self._moved and self._stacks[id(weight)] != stack):
+        if hasattr(weight, "ds_id") or (is_stacked(weight) and self._stacks.get(id(weight)) != stack):
             return True
         if isinstance(weight, FakeTensor) or weight.is_meta:
             return False

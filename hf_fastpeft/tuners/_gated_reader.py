@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from hf_fastpeft.lowrank import LowRank, intercepted, read_lora_layer
+from hf_fastpeft.hooks import intercepted
+from hf_fastpeft.lowrank import LowRank, read_lora_layer
 from hf_fastpeft.tuners._gated import GatedLinear
 from hf_fastpeft.watch import Watch
 

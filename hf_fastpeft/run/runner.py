@@ -17,7 +17,16 @@ from hf_fastpeft.config.methods import PROMPT_METHODS
 from hf_fastpeft.config.schema import RunConfig
 from hf_fastpeft.errors import ConfigError, NothingToPatchError, UnknownFamilyError
 from hf_fastpeft.run.data import Example, RunData, encode, prompt_ids, read_data
-from hf_fastpeft.run.folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
+from hf_fastpeft.run.folder import (
+    PICTURES,
+    REPORT_FILE,
+    RUN_FILE,
+    FolderCallback,
+    OutputFolder,
+    latest_checkpoint,
+    read_json,
+)
+from hf_fastpeft.run.manifest import write_json
 from hf_fastpeft.run.result import RunResult, Sample
 
 __all__ = ["Loaded", "load_model", "load_tokenizer", "model_and_batch", "model_source", "train"]
@@ -40,7 +49,8 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
 
     Args:
         config: the run.
-        overwrite: replace what an earlier run left in the output folder.
+        overwrite: delete what an earlier run wrote into the output folder, once data and model are loaded; files that
+            no run wrote stay.
         console: where progress goes; default standard output.
 
     Raises:
@@ -55,7 +65,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     console = console or Console()
     seconds: dict[str, float] = {}
     _adapter(config, None)
-    checkpoint = prepare_folder(config, overwrite=overwrite)
+    folder = OutputFolder(config, overwrite=overwrite)
     with quiet_bars():
         with _timed(seconds, "data"):
             data = read_data(config)
@@ -68,10 +78,12 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
                 eval_rows, more = encode(data.held_out, tokenizer, config, what="validation data")
                 notices = notices + more
             loaded = load_model(config, source, tokenizer, total_steps=_steps(config, train_rows))
-        run = _Run(config, console, loaded, train_rows, eval_rows, seconds)
-        introduce(console, config, run.trainer, notices, checkpoint)
-        result = run.execute(data, checkpoint)
-    finish(console, config, result)
+        run = _Run(config, console, loaded, train_rows, eval_rows, seconds, folder)
+        introduce(console, config, run.trainer, notices, folder.checkpoint)
+        with folder.writing("runs"):  # TensorBoard's
+            result = run.execute(data)
+    with folder.writing(REPORT_FILE, *PICTURES):
+        finish(console, config, result)
     return result
 
 
@@ -175,6 +187,7 @@ class _Run:
         train_rows: Any,
         eval_rows: Any,
         seconds: dict[str, float],
+        folder: OutputFolder,
     ) -> None:
         from transformers import PrinterCallback
         from trl import SFTConfig
@@ -182,7 +195,7 @@ class _Run:
         from hf_fastpeft.run.methods import MethodParts
         from hf_fastpeft.run.progress import ProgressCallback, StopCallback
 
-        self.config, self.tokenizer, self.seconds = config, loaded.tokenizer, seconds
+        self.config, self.tokenizer, self.seconds, self.folder = config, loaded.tokenizer, seconds, folder
         self.stop, self.progress = StopCallback(console), ProgressCallback(console)
         self.parts = MethodParts(config, train_rows, loaded.tokenizer)
         steps = _steps(config, train_rows)
@@ -190,24 +203,28 @@ class _Run:
         if eval_rows is None:
             options["eval_strategy"] = "no"
         os.environ.update(arguments(config, "environment"))
+        args = SFTConfig(**options, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+        if args.process_index == 0:  # by now every process has looked at the folder
+            folder.start()
         with _timed(seconds, "trainer"), _told_how_to_go_on():
             self.trainer = self.parts.trainer(
                 model=loaded.model,
-                args=SFTConfig(**options, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available()),
+                args=args,
                 train_dataset=train_rows,
                 eval_dataset=eval_rows,
                 processing_class=loaded.tokenizer,
                 peft_config=loaded.adapter,
-                callbacks=[*self.parts.callbacks, self.progress, self.stop],
+                callbacks=[*self.parts.callbacks, self.progress, self.stop, FolderCallback(folder)],
             )
             self.parts.remember_start(self.trainer.model)
         self.trainer.remove_callback(PrinterCallback)
+        folder.keep_card(self.trainer)
         self.has_eval = eval_rows is not None
 
-    def execute(self, data: RunData, checkpoint: Path | None) -> RunResult:
+    def execute(self, data: RunData) -> RunResult:
         """Scores, trains, scores again and saves; returns early where training was interrupted."""
-        config, trainer = self.config, self.trainer
-        result = RunResult(Path(config.output_dir), seconds=self.seconds)
+        config, trainer, checkpoint = self.config, self.trainer, self.folder.checkpoint
+        result = RunResult(self.folder.path, seconds=self.seconds)
         probes = (data.held_out or data.train)[: config.fastpeft.samples]
         self._before(result, probes, checkpoint)
         with _timed(self.seconds, "training"), self.stop.on_interrupt(), warnings.catch_warnings():
@@ -255,7 +272,8 @@ class _Run:
             "samples": [asdict(sample) for sample in result.samples],
         }
         if self.trainer.is_world_process_zero():
-            write_json(file, content)
+            with self.folder.writing(RUN_FILE):
+                write_json(file, content)
 
     def _sample(self, probe: Example, before: str) -> Sample:
         text = probe.prompt or "\n".join(m["content"] for m in probe.messages[:-1] if m["role"] != "system")
@@ -291,8 +309,9 @@ class _Run:
     def _save(self, result: RunResult) -> None:
         """Adapter in its own format, plain LoRA beside it, and what the method and the patch report."""
         model = self.trainer.model.eval()
-        with _timed(self.seconds, "saving"):
-            result.adapter_dir = result.output_dir / ("model" if self.config.adapter == "none" else "adapter")
+        name = "model" if self.config.adapter == "none" else "adapter"
+        with _timed(self.seconds, "saving"), self.folder.writing(name, "lora"):
+            result.adapter_dir = result.output_dir / name
             self.trainer.save_model(str(result.adapter_dir))
             self.parts.save(model, result)
         patched = getattr(self.parts.patcher, "patched", None)

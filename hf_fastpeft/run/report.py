@@ -78,13 +78,17 @@ def loading_code(config: RunConfig, result: RunResult) -> list[str]:
     folder = str(result.adapter_dir)
     if config.adapter == "none":
         return [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
+            f"from transformers import AutoTokenizer, {config.model_type}",
+            f"model = {config.model_type}.from_pretrained({folder!r})",
             f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
         ]
+    base = ""
+    if config.model_type != "AutoModelForCausalLM":
+        revision = f", revision={config.revision_of_model!r}" if config.revision_of_model else ""
+        base = f", transformers.{config.model_type}.from_pretrained({result.base!r}{revision})"
     return [
         "import hf_fastpeft, transformers",
-        f"model = hf_fastpeft.load_adapter({folder!r})",
+        f"model = hf_fastpeft.load_adapter({folder!r}{base})",
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})",
     ]
 

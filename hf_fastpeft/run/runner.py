@@ -77,6 +77,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
             if data.held_out:
                 eval_rows, more = encode(data.held_out, tokenizer, config, what="validation data")
                 notices = notices + more
+            notices = data.notices + notices
             loaded = load_model(config, source, tokenizer, total_steps=_steps(config, train_rows))
         run = _Run(config, console, loaded, train_rows, eval_rows, seconds, folder)
         introduce(console, config, run.trainer, notices, folder.checkpoint)
@@ -101,12 +102,10 @@ def load_tokenizer(config: RunConfig, source: str) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or a special token is not in its vocabulary.
     """
-    from transformers import AutoTokenizer
-
     options = {k: v for k, v in arguments(config, "from_pretrained").items() if k in ("revision", "trust_remote_code")}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        tokenizer = _class(config, "tokenizer_class").from_pretrained(source, **options)
+    except (ImportError, OSError, ValueError) as error:
         raise _unloadable(config, error) from error
     vocabulary = tokenizer.get_vocab()
     new = [f"{kind}: {token!r}" for kind, token in config.special_tokens.items() if token not in vocabulary]
@@ -126,17 +125,21 @@ def load_model(config: RunConfig, source: str, tokenizer: Any, *, total_steps: i
     Raises:
         ConfigError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     options = arguments(config, "from_pretrained")
     quantization = quantization_config(config)
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        model = _class(config, "model_class").from_pretrained(source, **options)
+    except (ImportError, OSError, ValueError) as error:
         raise _unloadable(config, error) from error
     return Loaded(model, tokenizer, _adapter(config, model, total_steps))
+
+
+def _class(config: RunConfig, argument: str) -> Any:
+    import transformers
+
+    return getattr(transformers, arguments(config, "transformers")[argument])
 
 
 def _unloadable(config: RunConfig, error: Exception) -> ConfigError:
@@ -224,7 +227,7 @@ class _Run:
     def execute(self, data: RunData) -> RunResult:
         """Scores, trains, scores again and saves; returns early where training was interrupted."""
         config, trainer, checkpoint = self.config, self.trainer, self.folder.checkpoint
-        result = RunResult(self.folder.path, seconds=self.seconds)
+        result = RunResult(self.folder.path, base=trainer.model.name_or_path, seconds=self.seconds)
         probes = (data.held_out or data.train)[: config.fastpeft.samples]
         self._before(result, probes, checkpoint)
         with _timed(self.seconds, "training"), self.stop.on_interrupt(), warnings.catch_warnings():

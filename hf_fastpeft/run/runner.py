@@ -28,6 +28,7 @@ from hf_fastpeft.run.folder import (
 )
 from hf_fastpeft.run.manifest import write_json
 from hf_fastpeft.run.result import RunResult, Sample
+from hf_fastpeft.tuners._bitsandbytes import repeat_hints
 
 __all__ = ["Loaded", "load_model", "load_tokenizer", "model_and_batch", "model_source", "train"]
 
@@ -125,6 +126,8 @@ def load_model(config: RunConfig, source: str, tokenizer: Any, *, total_steps: i
     Raises:
         ConfigError: it cannot be loaded.
     """
+    if config.load_in_4bit:
+        repeat_hints()
     options = arguments(config, "from_pretrained")
     quantization = quantization_config(config)
     if quantization is not None:

@@ -145,7 +145,13 @@ def screen(run, changes):
 @pytest.mark.parametrize("adapter", ["sora", "lora", "none"])
 def test_the_screen_of_a_run_is_clean(run_file, tmp_path, adapter):
     changes = [f"output_dir={tmp_path / 'out'}", f"adapter={adapter}", f"lora_target_linear={adapter != 'none'}"]
-    changes += ["val_set_size=2", "fastpeft.samples=1", "fastpeft.plots=true", "weight_decay=0.01", "saves_per_epoch=2"]
+    changes += [
+        "val_set_size=2",
+        "fastpeft.samples=1",
+        "fastpeft.plots=true",
+        "weight_decay=0.01",
+        "saves_per_epoch=2",
+    ]
     changes += ["fastpeft.sora.target_r=4"] if adapter == "sora" else []
     out, err = screen(run_file, changes)
     assert err == ""

@@ -1,5 +1,6 @@
 """YAML to RunConfig: types, the classes of keys, and every mistake at once with its line."""
 
+import typing
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from hf_fastpeft.config import RunConfig, load_config, parse_config
 from hf_fastpeft.config.keys import HINTS, INERT, NEUTRAL, UNSUPPORTED
 from hf_fastpeft.config.methods import OPTIONS
-from hf_fastpeft.config.schema import DatasetConfig, FastpeftConfig
+from hf_fastpeft.config.schema import DatasetConfig, FastpeftConfig, expand_home
 from hf_fastpeft.errors import ConfigError
 
 BASE = "base_model: model\ndatasets: [{path: rows.jsonl}]\n"
@@ -196,7 +197,17 @@ def test_no_path_is_forgotten():
     for model in (RunConfig, DatasetConfig, FastpeftConfig, *OPTIONS.values()):
         for name, info in model.model_fields.items():
             if name not in no_paths and any(part in name for part in paths) and "str" in str(info.annotation):
-                assert "expand_home" in str(info), name
+                assert all(expand_home in found for found in validators(info.annotation, info.metadata)), name
+
+
+def validators(annotation, outer):
+    """For each text in an annotation, the functions that it goes through."""
+    if annotation is str:
+        return [{getattr(item, "func", None) for item in outer}]
+    inner = [*outer, *getattr(annotation, "__metadata__", ())]
+    return [
+        found for part in typing.get_args(annotation) if part is not type(None) for found in validators(part, inner)
+    ]
 
 
 def test_a_file_in_the_home_folder_is_read(monkeypatch, tmp_path):

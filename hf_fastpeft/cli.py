@@ -1,5 +1,6 @@
 """The command line ``hf-fastpeft``. Mistakes of the user print one message and end with exit code 2, no traceback."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from hf_fastpeft.errors import ConfigError, FastPeftError
 __all__ = ["app", "main"]
 
 EXIT_ERROR, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
+_TELEMETRY = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")  # what huggingface_hub reads
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +21,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune with stock Trainer, TRL and PEFT: fused, and with ranks that adapt.",
 )
+
+
+def _expanded(path: Path) -> Path:
+    from hf_fastpeft.config.schema import expand_home
+
+    try:
+        return Path(expand_home(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="Axolotl-style configuration of the run.")]
 Overrides = Annotated[
@@ -29,6 +41,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Entry point of ``hf-fastpeft``."""
+    _disable_telemetry()
     try:
         app()
     except FastPeftError as error:
@@ -37,6 +50,16 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _disable_telemetry() -> None:
+    """Nothing is sent when TRL makes a trainer, unless the environment says something else."""
+    if any(name in os.environ for name in _TELEMETRY):
+        return
+    os.environ[_TELEMETRY[0]] = "1"  # of processes that this one starts
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # was read from the environment when this package was imported
 
 
 @app.command()
@@ -122,14 +145,18 @@ def verify(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="Folder of a saved adapter.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the plain-LoRA adapter.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER_DIR", help="Folder of a saved adapter.", callback=_expanded)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the plain-LoRA adapter.", callback=_expanded)],
     overwrite: Annotated[bool, typer.Option(help="Replace an adapter that OUT already holds.")] = False,
 ) -> None:
     """Write an adapter as plain LoRA, for servers that know no other method."""
     from hf_fastpeft.export import export_to_lora
     from hf_fastpeft.loading import load_adapter
 
+    if adapter.resolve() == out.resolve():
+        raise ConfigError(f"export: {out}: is the adapter's own folder, which it would replace; name another")
     export_to_lora(load_adapter(adapter), out, overwrite=overwrite)
     _console().print(f"{adapter} written to {out} as plain LoRA", markup=False, highlight=False, soft_wrap=True)
 

@@ -26,7 +26,9 @@ from hf_fastpeft.tuners._gated import GatedLinear, full_tensor
 __all__ = ["export_to_lora"]
 
 _PREFIX = "base_model.model."
-_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "README.md")
+_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
+_CARD_FILE = "README.md"
+_CARD_MARK = "library_name: peft"  # in the card of every adapter that PEFT or this package saved
 _METHODS = ("LORA", "ADALORA", "ADAPTIVE_LORA", "SORA")
 _ADALORA_KINDS = ("SVDLinear", "SVDLinear4bit", "SVDLinear8bitLt", "SVDQuantLinear")  # linear; not SVDConv2d
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -60,7 +62,8 @@ def export_to_lora(
         path: folder to write; made if missing.
         adapter_name: the adapter to write.
         dtype: of the written factors; float32 keeps the export exact to rounding.
-        overwrite: replace the adapter's files in a folder that is not empty; other files in it stay.
+        overwrite: replace the adapter's files in a folder that is not empty; other files in it stay, and so does a
+            README.md that is no adapter's card.
 
     Returns:
         ``path``.
@@ -88,7 +91,8 @@ def export_to_lora(
     ranks = sorted({a.shape[0] for a, _ in kept.values()})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     card = _CARD.format(method=config.peft_type.value, ranks=span, modules=len(kept))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    if not (folder / _CARD_FILE).exists():
+        (folder / _CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
 
@@ -249,6 +253,8 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
             raise RunExistsError(
                 f"export_to_lora {str(folder)!r}: the folder is not empty; choose another or pass overwrite=True"
             )
-        for name in _FILES:
+        card = folder / _CARD_FILE
+        is_card = card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8", errors="replace")
+        for name in (*_FILES, *([_CARD_FILE] if is_card else [])):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

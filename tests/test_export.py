@@ -267,6 +267,17 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path):
         export_to_lora(adapted(), tmp_path / "notes.txt", overwrite=True)
 
 
+def test_only_an_adapters_card_is_replaced(tmp_path):
+    card = tmp_path / "README.md"
+    adapted().save_pretrained(tmp_path)
+    peft_card = card.read_text()
+    export_to_lora(adapted(), tmp_path, overwrite=True)
+    assert "written by `hf_fastpeft.export_to_lora`" in card.read_text() != peft_card
+    card.write_text("mine")
+    export_to_lora(adapted(), tmp_path, overwrite=True)
+    assert card.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

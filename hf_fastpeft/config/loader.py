@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hf_fastpeft.config.keys import HINT_PLUGINS, HINTS, INERT, NEUTRAL, UNSUPPORTED, nearest
+from hf_fastpeft.config.mapping import assignments
 from hf_fastpeft.config.methods import OPTIONS, SHORTHANDS
 from hf_fastpeft.config.schema import DatasetConfig, FastpeftConfig, RunConfig
 from hf_fastpeft.errors import ConfigError
@@ -48,7 +49,10 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedCon
     Raises:
         ConfigError: the file is missing or not YAML, or any of its keys is wrong; all mistakes in one message.
     """
-    file = Path(path)
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -74,7 +78,7 @@ def parse_config(text: str, *, name: str = "config", overrides: Sequence[str] = 
         count = f"{len(ordered)} mistake{'s' if len(ordered) > 1 else ''}"
         raise ConfigError(f"{name}: {count} in this configuration:\n{body}")
     assert config is not None
-    return LoadedConfig(config, [*_method_notices(kept, config), *notices])
+    return LoadedConfig(config, [*_method_notices(kept, config), *_tracker_notices(kept, config), *notices])
 
 
 Problem = tuple[KeyPath, str]
@@ -224,6 +228,19 @@ def _method_notices(kept: Mapping[str, Any], config: RunConfig) -> list[str]:
     if idle:
         notices.append(f"{', '.join(idle)}: without effect with adapter: {config.adapter}")
     return notices
+
+
+def _tracker_notices(kept: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Keys of trackers that are off, and names that another tracker's name goes before."""
+    used = assignments(config)
+    idle = [
+        key
+        for key in kept
+        if key.startswith(("wandb_", "mlflow_", "trackio_"))
+        and assignments(config.model_copy(update={key: RunConfig.model_fields[key].default})) == used
+    ]
+    on = next(item.value for item in used if item.argument == "report_to")
+    return [f"{', '.join(idle)}: without effect; trackers in use: {', '.join(on) or 'none'}"] if idle else []
 
 
 def _without_nulls(value: Any) -> Any:

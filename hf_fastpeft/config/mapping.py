@@ -47,6 +47,8 @@ def assignments(config: RunConfig, *, total_steps: int | None = None) -> list[As
         total_steps: optimizer steps of the run, for the default warm-up; None leaves that default in words.
     """
     rows = [
+        ("model_type", "transformers", "model_class", config.model_type),
+        ("tokenizer_type", "transformers", "tokenizer_class", config.tokenizer_type),
         ("revision_of_model", "from_pretrained", "revision", config.revision_of_model),
         ("trust_remote_code", "from_pretrained", "trust_remote_code", config.trust_remote_code or None),
         ("attn_implementation", "from_pretrained", "attn_implementation", _attention(config)),
@@ -176,6 +178,8 @@ def _adapter_rows(config: RunConfig, total_steps: int | None) -> list[tuple[str,
     if config.lora_target_linear and config.lora_target_modules is None:
         rows.append(("lora_target_linear", method.config, "target_modules", "all-linear"))
     rows.append(("adapter", method.config, "task_type", "CAUSAL_LM"))
+    # Stored with the adapter, so that it is loaded onto the same revision.
+    rows.append(("revision_of_model", method.config, "revision", config.revision_of_model))
     rows += _option_rows(config, method.config, total_steps)
     if config.loraplus_lr_ratio is not None:
         target = "create_loraplus_optimizer"
@@ -208,6 +212,8 @@ def _option_rows(config: RunConfig, target: str, total_steps: int | None) -> lis
         rows.append(("max_steps", target, "total_step", total_steps or config.max_steps or "all steps of the run"))
     if name == "prompt" and section.prompt_tuning_init == "TEXT":
         rows.append(("base_model", target, "tokenizer_name_or_path", config.base_model))
+        revision = config.revision_of_model
+        rows.append(("revision_of_model", target, "tokenizer_kwargs", {"revision": revision} if revision else None))
     return rows
 
 

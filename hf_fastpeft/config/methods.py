@@ -299,6 +299,17 @@ def contradictions(config: "RunConfig") -> Iterator[tuple[bool, str]]:
         name == "prompt" and (text.prompt_tuning_init == "TEXT") != (text.prompt_tuning_init_text is not None),
         "fastpeft: prompt.prompt_tuning_init: TEXT and prompt.prompt_tuning_init_text go together; give both or none",
     )
+    for key in ("tokenizer_type", "trust_remote_code"):
+        yield (
+            name == "prompt"
+            and text.prompt_tuning_init == "TEXT"
+            and key in config.model_fields_set
+            and getattr(config, key) not in (False, "AutoTokenizer"),
+            (
+                f"{key}: PEFT reads fastpeft.prompt.prompt_tuning_init_text with AutoTokenizer, and runs no code "
+                "of the model; remove one of them"
+            ),
+        )
 
 
 def _init_contradictions(config: "RunConfig") -> Iterator[tuple[bool, str]]:

@@ -3,9 +3,10 @@
 Defaults are Axolotl's where it has one, else those of TRL and PEFT. Everything is strict about unknown keys.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hf_fastpeft.config.keys import nearest
 from hf_fastpeft.config.methods import (
@@ -28,9 +29,26 @@ from hf_fastpeft.config.methods import (
     expand,
 )
 
-__all__ = ["DatasetConfig", "FastpeftConfig", "RunConfig", "SoraOptions"]
+__all__ = ["DatasetConfig", "FastpeftConfig", "RunConfig", "SoraOptions", "expand_home"]
 
 
+def expand_home(value: str) -> str:
+    """A path whose leading ``~`` or ``~user`` is replaced by that home folder; ``$VARIABLE`` stays, as in Axolotl.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    if not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError as error:
+        user = value.partition("/")[0]
+        raise ValueError(f"no home folder of {user!r} is known; write the whole path") from error
+
+
+# A file or folder, or something in its place (a hub id, `builtin:...`), which never starts with `~`.
+PathStr = Annotated[str, AfterValidator(expand_home)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Auto = Literal["auto"] | bool
 
@@ -38,14 +56,16 @@ Auto = Literal["auto"] | bool
 class DatasetConfig(Strict):
     """One entry of ``datasets`` or ``test_datasets``."""
 
-    path: str
+    path: PathStr
     type: Literal["chat_template", "alpaca", "completion", "prompt_completion"] = "prompt_completion"
     """How a row is rendered; ``builtin:`` sources bring their own rendering."""
     split: str = "train"
+    """May be cut: ``train[:10%]``. Local files are one split, ``train``."""
     name: str | None = None
     """Configuration name of a hub data set."""
-    data_files: str | list[str] | None = None
-    ds_type: Literal["json"] | None = None
+    data_files: PathStr | list[PathStr] | None = None
+    ds_type: Literal["json", "csv", "parquet", "text", "arrow"] | None = None
+    """Format of local files; default by their suffix (.csv, .parquet, .arrow, .txt), otherwise JSON or JSONL."""
     field_messages: str = "messages"
     message_field_role: str = "role"
     message_field_content: str = "content"
@@ -90,10 +110,12 @@ class FastpeftConfig(Strict):
 class RunConfig(Strict):
     """One supervised fine-tuning run. Load it from YAML with `hf_fastpeft.config.load_config`."""
 
-    base_model: str
+    base_model: PathStr
     revision_of_model: str | None = None
     model_type: str = "AutoModelForCausalLM"
+    """Class in transformers that loads the model."""
     tokenizer_type: str = "AutoTokenizer"
+    """Class in transformers that loads the tokenizer."""
     trust_remote_code: bool = False
     special_tokens: dict[Literal["bos_token", "eos_token", "pad_token", "unk_token"], str] = Field(default={})
 
@@ -164,8 +186,8 @@ class RunConfig(Strict):
     save_steps: PositiveInt | None = None
     saves_per_epoch: Annotated[Int, Field(ge=0)] | None = None
     save_total_limit: PositiveInt | None = None
-    output_dir: str = "./outputs/out"
-    resume_from_checkpoint: str | None = None
+    output_dir: PathStr = "./outputs/out"
+    resume_from_checkpoint: PathStr | None = None
     auto_resume_from_checkpoints: bool = False
     seed: Int = 42
 
@@ -214,7 +236,14 @@ class RunConfig(Strict):
             raise ValueError(
                 "only causal language models are implemented: AutoModelForCausalLM, LlamaForCausalLM, ..."
             )
-        return value
+        return _transformers_class(value, "ForCausalLM", "AutoModelForCausalLM")
+
+    @field_validator("tokenizer_type")
+    @classmethod
+    def _tokenizer(cls, value: str) -> str:
+        if "Tokenizer" not in value:
+            raise ValueError("not a tokenizer of transformers: AutoTokenizer, LlamaTokenizer, ...")
+        return _transformers_class(value, "Tokenizer", "AutoTokenizer")
 
     @field_validator("optimizer")
     @classmethod
@@ -283,6 +312,19 @@ class RunConfig(Strict):
                 "fp16: together with bf16; keep one of them",
             ),
         ]
+
+
+def _transformers_class(name: str, kind: str, auto: str) -> str:
+    import transformers
+
+    # Not dir(): older names of classes are found, but not listed.
+    if not hasattr(getattr(transformers, name, None), "from_pretrained"):
+        known = [known for known in dir(transformers) if kind in known]
+        raise ValueError(
+            f"no such class in transformers{nearest(name, known)}; {auto} finds the class of any model, also of one "
+            "that brings its own code"
+        )
+    return name
 
 
 def _names_of(enum: str) -> set[str]:

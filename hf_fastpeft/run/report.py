@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_fastpeft.config.schema import RunConfig
-from hf_fastpeft.run.folder import write_json
+from hf_fastpeft.run.folder import PICTURES, REPORT_FILE
+from hf_fastpeft.run.manifest import write_json
 from hf_fastpeft.run.result import RunResult
 
 __all__ = ["describe_ranks", "finish", "introduce", "loading_code", "versions"]
@@ -52,7 +53,7 @@ def finish(console: Console, config: RunConfig, result: RunResult) -> None:
         _interrupted(console, result)
         return
     pictures = _pictures(console, config, result)
-    write_json(result.output_dir / "report.json", _content(config, result))
+    write_json(result.output_dir / REPORT_FILE, _content(config, result))
     _samples(console, result)
     if result.patch_text:
         _say(console, result.patch_text)
@@ -66,7 +67,7 @@ def finish(console: Console, config: RunConfig, result: RunResult) -> None:
     if spent:
         _say(console, f"time: {spent}")
     files = [path.name + ("/" if path.is_dir() else "") for path in (result.adapter_dir, result.lora_dir) if path]
-    _say(console, f"written to {result.output_dir}: {', '.join([*files, 'report.json', *pictures])}")
+    _say(console, f"written to {result.output_dir}: {', '.join([*files, REPORT_FILE, *pictures])}")
     _say(console, "\nLoad it in Python:\n")
     for line in loading_code(config, result):
         _say(console, f"    {line}")
@@ -77,13 +78,17 @@ def loading_code(config: RunConfig, result: RunResult) -> list[str]:
     folder = str(result.adapter_dir)
     if config.adapter == "none":
         return [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
+            f"from transformers import AutoTokenizer, {config.model_type}",
+            f"model = {config.model_type}.from_pretrained({folder!r})",
             f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
         ]
+    base = ""
+    if config.model_type != "AutoModelForCausalLM":
+        revision = f", revision={config.revision_of_model!r}" if config.revision_of_model else ""
+        base = f", transformers.{config.model_type}.from_pretrained({result.base!r}{revision})"
     return [
         "import hf_fastpeft, transformers",
-        f"model = hf_fastpeft.load_adapter({folder!r})",
+        f"model = hf_fastpeft.load_adapter({folder!r}{base})",
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})",
     ]
 
@@ -120,12 +125,12 @@ def _pictures(console: Console, config: RunConfig, result: RunResult) -> list[st
     from hf_fastpeft.run.plots import plot_loss, plot_ranks
 
     title = f"{Path(config.base_model).name.removeprefix('builtin:')}, {config.method}"
-    written = ["loss.png"]
-    plot_loss(result.history, result.output_dir / "loss.png", title=title, before=result.loss_before)
-    if result.kept_ranks:
-        plot_ranks(result.kept_ranks, result.rank_history, result.output_dir / "ranks.png", title=title)
-        written.append("ranks.png")
-    return written
+    loss, ranks = PICTURES
+    plot_loss(result.history, result.output_dir / loss, title=title, before=result.loss_before)
+    if not result.kept_ranks:
+        return [loss]
+    plot_ranks(result.kept_ranks, result.rank_history, result.output_dir / ranks, title=title)
+    return [loss, ranks]
 
 
 def _content(config: RunConfig, result: RunResult) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class RunResult:
         checkpoint: the latest checkpoint, if one was written.
         adapter_dir: the adapter in its own format (the whole model where ``adapter`` is none).
         lora_dir: the same adapter as plain LoRA, where the two differ.
+        base: folder or repository that the base model was loaded from.
         loss_before: validation loss of the untrained model, in nats per learned token.
         loss_after: validation loss at the end.
         kept_ranks: module -> (ranks kept, ranks at the start); empty for methods that keep all.
@@ -41,6 +42,7 @@ class RunResult:
     checkpoint: Path | None = None
     adapter_dir: Path | None = None
     lora_dir: Path | None = None
+    base: str = ""
     steps: int = 0
     loss_before: float | None = None
     loss_after: float | None = None

@@ -17,8 +17,18 @@ from hf_fastpeft.config.methods import PROMPT_METHODS
 from hf_fastpeft.config.schema import RunConfig
 from hf_fastpeft.errors import ConfigError, NothingToPatchError, UnknownFamilyError
 from hf_fastpeft.run.data import Example, RunData, encode, prompt_ids, read_data
-from hf_fastpeft.run.folder import RUN_FILE, latest_checkpoint, prepare_folder, read_json, write_json
+from hf_fastpeft.run.folder import (
+    PICTURES,
+    REPORT_FILE,
+    RUN_FILE,
+    FolderCallback,
+    OutputFolder,
+    latest_checkpoint,
+    read_json,
+)
+from hf_fastpeft.run.manifest import write_json
 from hf_fastpeft.run.result import RunResult, Sample
+from hf_fastpeft.tuners._bitsandbytes import repeat_hints
 
 __all__ = ["Loaded", "load_model", "load_tokenizer", "model_and_batch", "model_source", "train"]
 
@@ -40,7 +50,8 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
 
     Args:
         config: the run.
-        overwrite: replace what an earlier run left in the output folder.
+        overwrite: delete what an earlier run wrote into the output folder, once data and model are loaded; files that
+            no run wrote stay.
         console: where progress goes; default standard output.
 
     Raises:
@@ -55,7 +66,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     console = console or Console()
     seconds: dict[str, float] = {}
     _adapter(config, None)
-    checkpoint = prepare_folder(config, overwrite=overwrite)
+    folder = OutputFolder(config, overwrite=overwrite)
     with quiet_bars():
         with _timed(seconds, "data"):
             data = read_data(config)
@@ -67,11 +78,14 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
             if data.held_out:
                 eval_rows, more = encode(data.held_out, tokenizer, config, what="validation data")
                 notices = notices + more
+            notices = data.notices + notices
             loaded = load_model(config, source, tokenizer, total_steps=_steps(config, train_rows))
-        run = _Run(config, console, loaded, train_rows, eval_rows, seconds)
-        introduce(console, config, run.trainer, notices, checkpoint)
-        result = run.execute(data, checkpoint)
-    finish(console, config, result)
+        run = _Run(config, console, loaded, train_rows, eval_rows, seconds, folder)
+        introduce(console, config, run.trainer, notices, folder.checkpoint)
+        with folder.writing("runs"):  # TensorBoard's
+            result = run.execute(data)
+    with folder.writing(REPORT_FILE, *PICTURES):
+        finish(console, config, result)
     return result
 
 
@@ -89,12 +103,10 @@ def load_tokenizer(config: RunConfig, source: str) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or a special token is not in its vocabulary.
     """
-    from transformers import AutoTokenizer
-
     options = {k: v for k, v in arguments(config, "from_pretrained").items() if k in ("revision", "trust_remote_code")}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        tokenizer = _class(config, "tokenizer_class").from_pretrained(source, **options)
+    except (ImportError, OSError, ValueError) as error:
         raise _unloadable(config, error) from error
     vocabulary = tokenizer.get_vocab()
     new = [f"{kind}: {token!r}" for kind, token in config.special_tokens.items() if token not in vocabulary]
@@ -114,17 +126,23 @@ def load_model(config: RunConfig, source: str, tokenizer: Any, *, total_steps: i
     Raises:
         ConfigError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
+    if config.load_in_4bit:
+        repeat_hints()
     options = arguments(config, "from_pretrained")
     quantization = quantization_config(config)
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        model = _class(config, "model_class").from_pretrained(source, **options)
+    except (ImportError, OSError, ValueError) as error:
         raise _unloadable(config, error) from error
     return Loaded(model, tokenizer, _adapter(config, model, total_steps))
+
+
+def _class(config: RunConfig, argument: str) -> Any:
+    import transformers
+
+    return getattr(transformers, arguments(config, "transformers")[argument])
 
 
 def _unloadable(config: RunConfig, error: Exception) -> ConfigError:
@@ -175,6 +193,7 @@ class _Run:
         train_rows: Any,
         eval_rows: Any,
         seconds: dict[str, float],
+        folder: OutputFolder,
     ) -> None:
         from transformers import PrinterCallback
         from trl import SFTConfig
@@ -182,7 +201,7 @@ class _Run:
         from hf_fastpeft.run.methods import MethodParts
         from hf_fastpeft.run.progress import ProgressCallback, StopCallback
 
-        self.config, self.tokenizer, self.seconds = config, loaded.tokenizer, seconds
+        self.config, self.tokenizer, self.seconds, self.folder = config, loaded.tokenizer, seconds, folder
         self.stop, self.progress = StopCallback(console), ProgressCallback(console)
         self.parts = MethodParts(config, train_rows, loaded.tokenizer)
         steps = _steps(config, train_rows)
@@ -190,24 +209,28 @@ class _Run:
         if eval_rows is None:
             options["eval_strategy"] = "no"
         os.environ.update(arguments(config, "environment"))
+        args = SFTConfig(**options, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+        if args.process_index == 0:  # by now every process has looked at the folder
+            folder.start()
         with _timed(seconds, "trainer"), _told_how_to_go_on():
             self.trainer = self.parts.trainer(
                 model=loaded.model,
-                args=SFTConfig(**options, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available()),
+                args=args,
                 train_dataset=train_rows,
                 eval_dataset=eval_rows,
                 processing_class=loaded.tokenizer,
                 peft_config=loaded.adapter,
-                callbacks=[*self.parts.callbacks, self.progress, self.stop],
+                callbacks=[*self.parts.callbacks, self.progress, self.stop, FolderCallback(folder)],
             )
             self.parts.remember_start(self.trainer.model)
         self.trainer.remove_callback(PrinterCallback)
+        folder.keep_card(self.trainer)
         self.has_eval = eval_rows is not None
 
-    def execute(self, data: RunData, checkpoint: Path | None) -> RunResult:
+    def execute(self, data: RunData) -> RunResult:
         """Scores, trains, scores again and saves; returns early where training was interrupted."""
-        config, trainer = self.config, self.trainer
-        result = RunResult(Path(config.output_dir), seconds=self.seconds)
+        config, trainer, checkpoint = self.config, self.trainer, self.folder.checkpoint
+        result = RunResult(self.folder.path, base=trainer.model.name_or_path, seconds=self.seconds)
         probes = (data.held_out or data.train)[: config.fastpeft.samples]
         self._before(result, probes, checkpoint)
         with _timed(self.seconds, "training"), self.stop.on_interrupt(), warnings.catch_warnings():
@@ -255,7 +278,8 @@ class _Run:
             "samples": [asdict(sample) for sample in result.samples],
         }
         if self.trainer.is_world_process_zero():
-            write_json(file, content)
+            with self.folder.writing(RUN_FILE):
+                write_json(file, content)
 
     def _sample(self, probe: Example, before: str) -> Sample:
         text = probe.prompt or "\n".join(m["content"] for m in probe.messages[:-1] if m["role"] != "system")
@@ -291,8 +315,9 @@ class _Run:
     def _save(self, result: RunResult) -> None:
         """Adapter in its own format, plain LoRA beside it, and what the method and the patch report."""
         model = self.trainer.model.eval()
-        with _timed(self.seconds, "saving"):
-            result.adapter_dir = result.output_dir / ("model" if self.config.adapter == "none" else "adapter")
+        name = "model" if self.config.adapter == "none" else "adapter"
+        with _timed(self.seconds, "saving"), self.folder.writing(name, "lora"):
+            result.adapter_dir = result.output_dir / name
             self.trainer.save_model(str(result.adapter_dir))
             self.parts.save(model, result)
         patched = getattr(self.parts.patcher, "patched", None)

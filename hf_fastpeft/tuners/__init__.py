@@ -20,6 +20,13 @@ def methods() -> dict[str, tuple[Any, Any]]:
 
 def register() -> None:
     """Register every method with PEFT and its layers with the fused blocks; calling it again changes nothing."""
+    from hf_fastpeft.tuners._bitsandbytes import without_hints
+
+    with without_hints():  # PEFT is imported here
+        _register()
+
+
+def _register() -> None:
     from hf_fastpeft.lowrank import register_reader
     from hf_fastpeft.tuners._gated_reader import read_gated_layer
     from hf_fastpeft.tuners._peft import add_peft_type, register_method

@@ -1,11 +1,14 @@
 """YAML to RunConfig: types, the classes of keys, and every mistake at once with its line."""
 
+import typing
 from pathlib import Path
 
 import pytest
 
 from hf_fastpeft.config import RunConfig, load_config, parse_config
 from hf_fastpeft.config.keys import HINTS, INERT, NEUTRAL, UNSUPPORTED
+from hf_fastpeft.config.methods import OPTIONS
+from hf_fastpeft.config.schema import DatasetConfig, FastpeftConfig, expand_home
 from hf_fastpeft.errors import ConfigError
 
 BASE = "base_model: model\ndatasets: [{path: rows.jsonl}]\n"
@@ -151,6 +154,79 @@ def test_hints_of_other_accelerators_are_told_once():
 def test_keys_without_effect_are_told():
     (notice,) = parse_config(BASE + "dataset_prepared_path: last_run\n").notices
     assert notice.startswith("dataset_prepared_path: without effect")
+
+
+def test_keys_of_trackers_that_are_off_are_told():
+    assert parse_config(
+        BASE + "wandb_entity: me\ntrackio_run_name: run\nmlflow_tracking_uri: file:runs\n"
+    ).notices == ["wandb_entity, mlflow_tracking_uri: without effect; trackers in use: none"]
+    text = BASE + "wandb_project: p\nwandb_name: a\nmlflow_experiment_name: e\nmlflow_run_name: b\n"
+    assert parse_config(text).notices == ["mlflow_run_name: without effect; trackers in use: wandb, mlflow"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["base_model", "output_dir", "resume_from_checkpoint", "datasets.0.path", "datasets.0.data_files",
+     "test_datasets.0.path"],
+)  # fmt: skip
+def test_the_home_folder_is_written_out_in_every_path(key, monkeypatch, tmp_path):
+    """As a shell, TRL and transformers would; variables stay, as in Axolotl."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = BASE + "test_datasets: [{path: x}]\n"
+
+    def loaded(value):
+        values = parse_config(text, overrides=[f"{key}={value}"]).config.model_dump()
+        for part in key.split("."):
+            values = values[int(part) if part.isdigit() else part]
+        return values
+
+    assert loaded("~/x") == str(tmp_path / "x")
+    assert loaded("'~'") == str(tmp_path)
+    for plain in ("$HOME/x", "a~/x", "owner/name", "/x/~", "builtin:x"):
+        assert loaded(plain) == plain
+    (found,) = mistakes(text, overrides=[f"{key}=~nobody-of-that-name/x"])
+    assert "no home folder of '~nobody-of-that-name' is known; write the whole path" in found
+    if key.endswith("data_files"):
+        assert loaded("[~/x, y]") == [str(tmp_path / "x"), "y"]
+
+
+def test_no_path_is_forgotten():
+    """Every text whose name says path, folder, file or model is expanded, or is no path."""
+    paths = ("path", "dir", "file", "folder", "checkpoint", "model")
+    no_paths = {"revision_of_model", "model_type", "hub_model_id", "wandb_log_model", "gradient_checkpointing_kwargs"}
+    for model in (RunConfig, DatasetConfig, FastpeftConfig, *OPTIONS.values()):
+        for name, info in model.model_fields.items():
+            if name not in no_paths and any(part in name for part in paths) and "str" in str(info.annotation):
+                assert all(expand_home in found for found in validators(info.annotation, info.metadata)), name
+
+
+def validators(annotation, outer):
+    """For each text in an annotation, the functions that it goes through."""
+    if annotation is str:
+        return [{getattr(item, "func", None) for item in outer}]
+    inner = [*outer, *getattr(annotation, "__metadata__", ())]
+    return [
+        found for part in typing.get_args(annotation) if part is not type(None) for found in validators(part, inner)
+    ]
+
+
+def test_a_file_in_the_home_folder_is_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(BASE + "output_dir: ~/out\n")
+    assert load_config("~/run.yaml").config.output_dir == str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"~nobody-of-that-name/run\.yaml: cannot be read"):
+        load_config("~nobody-of-that-name/run.yaml")
+
+
+def test_classes_that_transformers_lacks_are_told():
+    found = mistakes(BASE + "model_type: LamaForCausalLM\ntokenizer_type: LlamaTokenizr\n")
+    assert "model_type: found 'LamaForCausalLM'; no such class in transformers; did you mean 'LlamaFor" in found[0]
+    assert "tokenizer_type: found 'LlamaTokenizr'; not a tokenizer of transformers" in found[1]
+    (found,) = mistakes(BASE + "tokenizer_type: MyTokenizer\n")
+    assert "no such class in transformers" in found
+    assert "AutoTokenizer finds the class of any model" in found
+    config = parse_config(BASE + "model_type: GemmaForCausalLM\ntokenizer_type: LlamaTokenizerFast\n").config
+    assert (config.model_type, config.tokenizer_type) == ("GemmaForCausalLM", "LlamaTokenizerFast")
 
 
 def test_tables_do_not_contradict_each_other():

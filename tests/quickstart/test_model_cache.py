@@ -82,6 +82,25 @@ def test_a_damaged_cache_is_rebuilt(fake, damage):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("damage", [damage_cut_off, damage_manifest], ids=lambda f: f.__name__)
+def test_a_rebuild_deletes_nothing_that_no_conversion_wrote(fake, damage, tmp_path):
+    _, convert, _ = fake
+    folder = ensure_model("fake", convert=convert)
+    damage(folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds what no conversion wrote: notes\.txt; move it away"):
+        ensure_model("fake", convert=convert)
+    assert (folder / "weights").exists()
+    (folder / "notes.txt").rename(tmp_path / "notes.txt")
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="holds what no conversion wrote: fake"):
+        ensure_model("fake", convert=convert)
+    assert (tmp_path / "elsewhere" / "weights").exists()
+    folder.unlink()
+    assert (ensure_model("fake", convert=convert) / "weights").read_bytes() == b"quantised" * 3
+
+
 def test_a_new_release_of_the_package_is_converted_again(fake):
     package, convert, _ = fake
     ensure_model("fake", convert=convert)
@@ -144,7 +163,12 @@ def test_an_unknown_model_names_the_known_ones():
 def test_the_cache_follows_xdg_and_falls_back_to_home(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_root() == tmp_path / ".cache" / "hf_fastpeft" / "models"
+    home = tmp_path / ".cache" / "hf_fastpeft" / "models"
+    assert cache_root() == home
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_root() == home
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
+    assert cache_root() == tmp_path / "xdg" / "hf_fastpeft" / "models"
 
 
 def test_only_the_prefix_makes_a_name_built_in():

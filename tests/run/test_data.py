@@ -126,6 +126,68 @@ def test_reading_json_arrays_folders_and_named_files(tmp_path):
     assert load(tmp_path / "c.jsonl")[0].completion == "a\u2028b"
 
 
+ROWS = [{"prompt": "w1 w2", "completion": f"w{i}"} for i in range(10)]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "arrow"])
+@pytest.mark.parametrize("by", ["suffix", "ds_type", "folder", "path"])
+def test_every_format_gives_the_same_rows(tmp_path, kind, by):
+    """By the suffix, or by ``ds_type`` whatever the suffix says."""
+    from datasets import Dataset
+
+    table = Dataset.from_list(ROWS)
+    suffix = "dat" if by in ("ds_type", "path") else kind
+    file = tmp_path / f"rows[1].{suffix}"
+    if kind == "json":
+        write(file, ROWS)
+    elif kind == "arrow":
+        table.save_to_disk(tmp_path / "table")
+        next((tmp_path / "table").glob("*.arrow")).rename(file)
+    else:
+        getattr(table, f"to_{kind}")(file)
+    values = {"ds_type": kind} if by in ("ds_type", "folder") else {}
+    if by == "path":  # as Axolotl's files write it: the format in place of a path
+        examples = load(kind, data_files=str(file))
+    else:
+        examples = load(tmp_path if by == "folder" else file, **values)
+    assert [(e.prompt, e.completion) for e in examples] == [(r["prompt"], r["completion"]) for r in ROWS]
+
+
+def test_a_text_file_is_one_row_a_line(tmp_path):
+    (tmp_path / "a.txt").write_text("w1 w2\nw3\n")
+    for values in ({}, {"ds_type": "text"}):
+        assert [e.completion for e in load(tmp_path / "a.txt", type="completion", **values)] == ["w1 w2", "w3"]
+    assert len(load(tmp_path, type="completion", ds_type="text")) == 2
+    with pytest.raises(DataError, match=r"a\.txt:1: not valid JSON"):
+        load(tmp_path / "a.txt", type="completion", ds_type="json")
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read as parquet: "):
+        load(tmp_path / "a.txt", type="completion", ds_type="parquet")
+    with pytest.raises(DataError, match=r"holds no \.csv file"):
+        load(tmp_path, ds_type="csv")
+
+
+def test_a_split_of_local_files_may_be_cut_as_datasets_cuts_it(tmp_path):
+    from datasets import load_dataset
+
+    path = write(tmp_path / "a.jsonl", ROWS)
+    for split in ("train[:30%]", "train[-3:]", "train[2:4]+train[8:]", "train"):
+        want = load_dataset("json", data_files=path, split=split)["completion"]
+        assert [e.completion for e in load(path, split=split)] == list(want)
+    for split in ("validation", "train[x]"):
+        with pytest.raises(DataError, match=r"split: .*; local files are the one split 'train', which may be cut"):
+            load(path, split=split)
+
+
+def test_keys_that_a_source_does_not_read_are_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    entry = {"path": path, "name": "default", "data_files": ["b.jsonl"], "field_instruction": "prompt"}
+    assert read_data(config(path, datasets=[entry])).notices == [
+        f"datasets: {path}: data_files, name: without effect with local files",
+        f"datasets: {path}: field_instruction: without effect with type: prompt_completion",
+    ]
+    assert read_data(config(path)).notices == []
+
+
 @pytest.mark.parametrize(
     ("content", "values", "message"),
     [
@@ -161,7 +223,7 @@ def test_missing_data_is_told(tmp_path):
         load(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="no such file or folder"):
         load("none.jsonl")
-    with pytest.raises(DataError, match=r"holds no \.json or \.jsonl file"):
+    with pytest.raises(DataError, match=r"holds no \.jsonl, \.json, \.csv, \.parquet or \.arrow file; name"):
         load(tmp_path)
     with pytest.raises(DataError, match=r"no such file: .*x\.jsonl"):
         load(tmp_path, data_files="x.jsonl")

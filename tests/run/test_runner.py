@@ -217,21 +217,6 @@ def test_a_second_ctrl_c_stops_at_once(base, tmp_path, console, monkeypatch):
     assert "start again with --overwrite" in said(console)
 
 
-def test_an_earlier_run_is_replaced_only_on_request(base, tmp_path, console):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(RunExistsError, match=r"already holds files \(notes\.txt\)"):
-        train(config(base, out), console=console)
-    (out / "adapter").mkdir()
-    (out / "adapter" / "old.bin").touch()
-    (out / "checkpoint-9").mkdir()
-    train(config(base, out, max_steps=1), overwrite=True, console=console)
-    assert (out / "notes.txt").read_text() == "mine"
-    assert not (out / "adapter" / "old.bin").exists()
-    assert not (out / "checkpoint-9").exists()
-
-
 @pytest.fixture
 def no_model(monkeypatch):
     """Fails the test where a mistake is only found once the model loads."""

@@ -12,7 +12,7 @@ from tiny import CACHE, VOCAB_SIZE
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 
 # PEFT 0.21 writes them itself where "all-linear" meets experts
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
@@ -71,14 +71,14 @@ def assert_same_step(got, want, tol=FLOAT64_REL):
 @pytest.mark.parametrize("cache", ["dynamic", "by-layer"])
 def test_prefill_and_decoding_steps(family, training, grad, cache):
     """In chunks over a cache, with gradients from the last token back into the prefill's keys and values."""
-    stock, fast, patched = pair(family)
+    stock, fast, _ = pair(family)
     batch = batch_of(family)
     with norms_in_float64(fast):
         want, got = (cached_step(m.train(training), batch, CACHES[cache], grad) for m in (stock, fast))
     assert_same_step(got, want)
     assert bool(want[1]) == grad
     assert want[2] == LENGTH
-    assert calls(patched)["attention_in"][0] == 2 * len(CHUNKS)
+    assert calls(patched(fast))["attention_in"][0] == 2 * len(CHUNKS)
 
 
 @families
@@ -180,7 +180,7 @@ def test_labels_behind_a_cache(family):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation(family, training, cache):
     """Tokens, scores and the length of the cache; sampled, so that a wrong distribution shows."""
-    stock, fast, patched = pair(family, torch.float32)
+    stock, fast, _ = pair(family, torch.float32)
     batch, found = batch_of(family), []
     prompt = {name: batch[name][:, : WINDOW + 2] for name in ("input_ids", "attention_mask")}
     for model in (stock, fast):
@@ -199,7 +199,7 @@ def test_generation(family, training, cache):
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
     assert got[2] == want[2]
-    assert bool(calls(patched)["attention_in"][0]) == training
+    assert bool(calls(patched(fast))["attention_in"][0]) == training
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -248,8 +248,8 @@ def prefixed(family, dtype=torch.float64):
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_prefix_tuning(family, training):
     """PEFT hands the prefix over in a cache: the loss depends on it, and its gradient is all there is to train."""
-    stock, fast, patched = prefixed(family), prefixed(family), None
-    patched = patch_model(fast)
+    stock, fast = prefixed(family), prefixed(family)
+    patch_model(fast)
     batch = batch_of(family)
     with norms_in_float64(fast):
         want, got = (step(m.train(training), batch) for m in (stock, fast))
@@ -258,7 +258,7 @@ def test_prefix_tuning(family, training):
     for name in want[1]:
         assert want[1][name].abs().max() > 0, name
         assert rel_err(got[1][name], want[1][name]) < 1e-6, name
-    assert calls(patched)["attention_in"][0] == 2
+    assert calls(patched(fast))["attention_in"][0] == 2
     with stock.disable_adapter(), torch.no_grad():
         assert abs(stock(**batch).loss - want[0]) > 1e-4
 

@@ -9,7 +9,17 @@ CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constrai
 # gpu-check needs no installation: it runs from a checkout with the Python that has torch. OUT=folder for its results.
 OUT ?= outputs/gpu-check
 
-.PHONY: quickstart test test-slow matrix fixtures lint types format bench gpu-check clean
+# What every supported version must pass: parity of all families, generation, TRL's trainers, PEFT's methods, resume.
+CORE := tests/test_versions.py tests/test_families.py tests/test_parity.py tests/test_generation.py tests/test_trl.py \
+	tests/test_online_rl.py tests/test_methods.py tests/tuners/test_matrix.py tests/callbacks/test_adalora_resume.py
+CORE_TESTS := -m pytest $(CORE) -m "not slow and not gpu and not smollm2"
+# Environments of their own, with the CUDA build of torch (2.5 GB to fetch, 6 GB on disk): no other build of its oldest
+# and newest release is in every registry.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+OLDEST_PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo $(PYTHON))
+
+.PHONY: quickstart test test-oldest test-newest test-slow matrix fixtures lint types format bench gpu-check clean
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +39,26 @@ quickstart: $(VENV)/.installed
 test: export OMP_NUM_THREADS ?= 1
 test: lint types
 	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow and not gpu"
+
+$(OLDEST)/.installed: pyproject.toml tests/lower_bounds.py
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python tests/lower_bounds.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e ".[test]"
+	touch $@
+
+# the lower bounds of pyproject.toml, exactly
+test-oldest: export OMP_NUM_THREADS ?= 1
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python $(CORE_TESTS)
+
+# the newest releases within the bounds, as of now
+test-newest: export OMP_NUM_THREADS ?= 1
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]"
+	$(NEWEST)/bin/python $(CORE_TESTS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
@@ -59,4 +89,4 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(OUT)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,7 @@
 """Test session set-up: Triton's interpreter where there is no GPU, no network, poisoned tensors; ``--matrix``."""
 
 import os
+from importlib.metadata import version
 
 import torch
 
@@ -34,6 +35,14 @@ def poison_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+
+
+VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
+
+
+def pytest_report_header(config):
+    """With which versions these tests were run."""
+    return "versions: " + ", ".join(f"{name} {version(name)}" for name in VERSIONS)
 
 
 MATRIX_REPORTS = []  # in the order in which the tests ran

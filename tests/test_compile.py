@@ -287,7 +287,7 @@ def test_checkpointing(whole, reentrant):
     for model in (stock, fast):
         if reentrant:
             model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if whole and not reentrant:  # the hook's requires_grad_ cannot be in a graph (torch 2.13)
             model.get_base_model().disable_input_require_grads()
     if whole:

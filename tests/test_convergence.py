@@ -38,7 +38,7 @@ def losses(model, kind):
     found, source = [], batches(kind)
     if kind == "checkpointing":
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     micro = 2 if kind == "accumulation" else 1
     for _ in range(STEPS):
         total = 0.0

@@ -383,7 +383,7 @@ def test_gradient_checkpointing_recomputes_and_agrees(family, use_reentrant):
     stock, fast, handle = pair(family)
     for model in (m.get_base_model() for m in (stock, fast)):
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     with norms_in_float64(fast):
         assert_parity(stock, fast, batch_of(family))
     assert handle.to_json()["blocks"]["attention_in"]["calls_fused"] == 4  # two layers, forward and recompute

@@ -21,6 +21,8 @@ from hf_fastpeft.run.runner import model_and_batch, train
 pytestmark = [
     # PEFT 0.21 reads the old name of a property of transformers 5.23 (peft_model.py, PeftModel.__init__).
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT 0.21 hands prefixes over by the name that transformers 5.24 deprecates.
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     # PEFT 0.21 on loading its own AdaLoRA folders.
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
 ]

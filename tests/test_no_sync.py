@@ -48,7 +48,7 @@ def test_a_patched_layer_never_waits(method, checkpointing):
             patch_model(model)
         if checkpointing:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         backbone = model.get_base_model().model
         inputs = {"input_ids": token_batch()["input_ids"], "use_cache": False}
         backbone(**inputs)  # the first forward lays things out

@@ -108,7 +108,7 @@ def test_gradient_checkpointing_recomputes_and_agrees(use_reentrant):
     handle = patched(patch_model(fast))
     for model in (m.get_base_model() for m in (stock, fast)):
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert_parity(stock, fast)
     assert calls(handle)["mlp"] == (4, {})  # two layers, forward and recompute
 
@@ -124,7 +124,7 @@ def test_dropout_draws_the_masks_that_stock_draws(dtype, checkpointing):
     for model in (stock, fast):
         if checkpointing:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(7)
         runs.append((*step(model, BATCH), torch.get_rng_state()))
     (loss, grads, state), (got_loss, got_grads, got_state) = runs
@@ -199,7 +199,7 @@ def test_recomputation_sees_the_present_adapters_whatever_is_patched(only, use_r
     patch_model(fast, only=only)
     for model in (stock, fast):
         model.enable_input_require_grads()
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for _ in range(3):
         assert_parity(stock, fast)
         for model in (stock, fast):

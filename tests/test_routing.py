@@ -125,7 +125,7 @@ def test_gradient_checkpointing(checkpointing, monkeypatch):
     stock, fast = exact_pair(monkeypatch)
     for model in (causal(stock), causal(fast)):
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable(checkpointing)
+        model.gradient_checkpointing_enable(checkpointing)
     batch = padded(PADDINGS["both"])
     assert_parity(stock, fast, batch)
     assert_routed(fast, batch)

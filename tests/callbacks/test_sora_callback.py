@@ -606,7 +606,7 @@ def test_trl_on_a_4bit_model_ends_with_gates_moved_and_float32(tmp_path):
             per_device_train_batch_size=2,
             learning_rate=1e-3,
             bf16=False,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             report_to="none",
             logging_steps=1,
             use_cpu=True,

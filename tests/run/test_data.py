@@ -48,7 +48,7 @@ def test_prompt_tokens_are_context_and_labels_equal_trl(tmp_path, tokenizer):
 
     rows = [{"prompt": CHAT[:2], "completion": CHAT[2:3]}, {"prompt": CHAT[:4], "completion": CHAT[4:]}]
     args = SFTConfig(
-        output_dir=str(tmp_path), report_to=[], max_length=256, activation_checkpointing=False, use_cpu=True
+        output_dir=str(tmp_path), report_to=[], max_length=256, gradient_checkpointing=False, use_cpu=True
     )
     trainer = SFTTrainer(
         tiny.tiny_llama(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer

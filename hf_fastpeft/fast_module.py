@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -164,11 +165,26 @@ class FastModule(nn.Module):
             return known[2]
         watch = Watch()
         found = self._read(block, watch)
+        if isinstance(found, str) and self._unmerge_disabled():
+            watch = Watch()
+            found = self._read(block, watch)
         if isinstance(found, str) or watch.volatile:
             readings.pop(block, None)
         else:
             readings[block] = self.__dict__["_modules"], watch, found
         return found
+
+    def _unmerge_disabled(self) -> bool:
+        """Unmerge linears whose adapters are merged and disabled, as PEFT does when it runs them.
+
+        Left to the stock forward, a recomputation would find another state than the forward did.
+        """
+        names = [name for group in getattr(self, "linears", {}).values() for name in group]
+        layers = [getattr(self, name, None) for name in names]
+        found = [m for m in layers if isinstance(m, BaseTunerLayer) and m.disable_adapters and m.merged]
+        for layer in found:
+            layer.unmerge()
+        return bool(found)
 
     def _may_fuse(self) -> str | None:
         """What rules out every block of this call, before any layer is read."""

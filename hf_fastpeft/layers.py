@@ -379,7 +379,7 @@ class FastBackbone(FastModule):
     def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
         """For :data:`FOREIGN`: whose code may write to adapters in the midst of a forward."""
         assert block == FOREIGN
-        return foreign_code(self, watch) or ()
+        return foreign_code(watch.members(self.__dict__["_modules"]), watch) or ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -12,7 +12,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Glance", "Watch"]
+__all__ = ["Glance", "Watch", "waits"]
+
+
+def waits(tensor: torch.Tensor) -> bool:
+    """Whether reading the tensor's value waits for a device."""
+    return tensor.device.type != "cpu"
 
 
 class Watch:
@@ -30,6 +35,7 @@ class Watch:
         "_lists",
         "_mappings",
         "_names",
+        "_numbers",
         "_objects",
         "_rows",
         "_seen",
@@ -58,6 +64,7 @@ class Watch:
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._data: list[tuple[torch.Tensor, int, bool, StorageWeakRef]] = []
         self._rows: list[tuple[torch.Tensor, torch.Size, tuple[int, ...]]] = []
+        self._numbers: list[tuple[torch.Tensor, float]] = []
         self._seen: set[tuple[int, str]] = set()
 
     def item(self, mapping: dict[Any, Any], key: Any) -> Any:
@@ -87,7 +94,10 @@ class Watch:
     def children(self, module: nn.Module) -> list[nn.Module]:
         """All child modules; watched is which there are."""
         self.attribute(module, "_modules")
-        mapping = module.__dict__["_modules"]
+        return self.members(module.__dict__["_modules"])
+
+    def members(self, mapping: dict[str, nn.Module | None]) -> list[nn.Module]:
+        """All modules in a dictionary of children; watched is which there are."""
         self._sized.append(mapping)
         self._sizes.append(len(mapping))
         return [child for child in [self.item(mapping, name) for name in mapping] if child is not None]
@@ -126,6 +136,11 @@ class Watch:
         self._versions.append((tensor, tensor._version))
         return tensor._version
 
+    def number(self, tensor: torch.Tensor) -> None:
+        """The value of a tensor with one element, where reading does not wait: writes may leave no version."""
+        if not waits(tensor) and not isinstance(tensor, FakeTensor):
+            self._numbers.append((tensor, tensor.item()))
+
     def data(self, tensor: torch.Tensor, *, rows: bool = False) -> None:
         """Watch where a tensor's memory lies, whether it wants a gradient and, with ``rows``, shape and strides.
 
@@ -158,6 +173,8 @@ class Watch:
         for tensor, shape, stride in self._rows:
             if tensor.shape != shape or tensor.stride() != stride:
                 return False
+        if any(tensor.item() != value for tensor, value in self._numbers):
+            return False
         return all(tensor._version == version for tensor, version in self._versions)
 
 
@@ -189,6 +206,9 @@ class Glance(Watch):
 
     def version(self, tensor: torch.Tensor) -> int | None:
         return None
+
+    def number(self, tensor: torch.Tensor) -> None:
+        pass
 
     def data(self, tensor: torch.Tensor, *, rows: bool = False) -> None:
         pass

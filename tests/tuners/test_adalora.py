@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from hf_fastpeft import export_to_lora, patch_model, patched
+from hf_fastpeft import export_to_lora, patch_model, patched, watch
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.lowrank import LowRank, read
 from hf_fastpeft.tuners import adalora
@@ -149,7 +149,10 @@ def test_the_divisor_is_rounded_as_the_layer_rounds_it():
     assert read(layer.float()).scaling == pytest.approx(7 / 3.00001, rel=1e-7)
 
 
-def test_reading_asks_the_device_once():
+def test_reading_asks_the_device_once(monkeypatch):
+    for module in (reader, watch):
+        monkeypatch.setattr(module, "waits", lambda tensor: True)
+
     class Count(TorchDispatchMode):
         synchronised = 0
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from hf_fastpeft.lowrank import LowRank, is_plain, read_base
-from hf_fastpeft.watch import Watch
+from hf_fastpeft.watch import Watch, waits
 
 __all__ = ["allocated", "read_svd_linear", "register_readers"]
 
@@ -51,19 +51,18 @@ def read_svd_linear(layer: Any, watch: Watch) -> LowRank | str:
         return f"lora_A, lora_B, lora_E are {type(A).__name__}, {type(B).__name__}, {type(E).__name__}"
     if A.is_meta or B.is_meta or E.is_meta:
         return "adapter is on the meta device"
+    if ranknum.requires_grad:  # optimizers may write to it and leave no version
+        return "ranknum is being trained (PEFT 0.21, base not float32 on the CPU; AdaLoraCallback stops it)"
     if not A.shape[0]:
         return plain  # all ranks are cut
     if not A.dtype == B.dtype == E.dtype:
         return f"lora_A, lora_B, lora_E are {A.dtype}, {B.dtype}, {E.dtype}"
-    if ranknum.requires_grad:
-        if torch.is_grad_enabled():
-            return "ranknum is being trained (PEFT 0.21, base not float32 on the CPU; AdaLoraCallback stops it)"
-        watch.volatile = True
     alpha, divisor = watch.entry(layer, "scaling", name), _divisor(ranknum)
     if not isinstance(alpha, (int, float)) or isinstance(divisor, str):
         return divisor if isinstance(divisor, str) else "scaling is a tensor"
     watch.version(ranknum)
     watch.data(ranknum)
+    watch.number(ranknum)
     if not _warned and layer not in allocated:
         if layer.training and E.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _warn_of_no_callback()
@@ -82,12 +81,12 @@ def _warn_of_no_callback() -> None:
 
 @torch.no_grad()
 def _divisor(ranknum: torch.Tensor) -> float | str:
-    """``ranknum + 1e-5`` in the dtype of ``ranknum``, as the layer adds it; read from the device at most once."""
+    """``ranknum + 1e-5`` in the dtype of ``ranknum``, as the layer adds it; read from a GPU once a version."""
     if isinstance(ranknum, FakeTensor) or ranknum.is_meta:
         return "ranknum has no value (trace or meta device)"
     version = None if ranknum.is_inference() else ranknum._version
     known = _DIVISORS.get(ranknum)
-    if known is not None and known[:2] == (version, ranknum.dtype):
+    if known is not None and known[:2] == (version, ranknum.dtype) and waits(ranknum):
         return known[2]  # type: ignore[no-any-return]  # a float, set below
     value = float((ranknum.detach() + _EPSILON).item())
     if version is not None:

@@ -110,7 +110,7 @@ class GatedLinear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.weight = linear.weight
+        self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", None)
         self.gate = Gate(linear.out_features, runtime)
 
@@ -171,7 +171,7 @@ class GatedLayer:
         """Put a gate behind the A projection of an adapter that PEFT has just created."""
         layer: Any = self
         if not isinstance(self.lora_A, GatedFactors):
-            self.lora_A, self.scaling = GatedFactors(self.lora_A), Scalings(self.scaling)
+            self.lora_A, self.scaling = GatedFactors(dict(self.lora_A.items())), Scalings(self.scaling)
         self.lora_A[adapter_name] = GatedLinear(cast(nn.Linear, self.lora_A[adapter_name]), runtime)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=runtime.config.inference_mode)

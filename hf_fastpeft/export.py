@@ -155,7 +155,11 @@ def _read_factors(model: nn.Module, adapter_name: str) -> Factors:
             continue
         a = layer.lora_A[adapter_name] if "lora_A" in owned else None
         plain = owned == {"lora_A", "lora_B"} and adapter_name not in layer.lora_variant
-        if not plain or not isinstance(a, nn.Linear) or isinstance(layer, (lora.ParamWrapper, AdaLoraLayer)):
+        if (
+            not plain
+            or not isinstance(a, (nn.Linear, GatedLinear))
+            or isinstance(layer, (lora.ParamWrapper, AdaLoraLayer))
+        ):
             refused.append(f"{name} ({type(layer).__module__}.{type(layer).__name__})")
             continue
         factors[name] = _fold(a, layer.lora_B[adapter_name], layer.scaling[adapter_name])
@@ -170,7 +174,7 @@ def _read_factors(model: nn.Module, adapter_name: str) -> Factors:
 
 
 @torch.no_grad()
-def _fold(a: nn.Linear, b: nn.Linear, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _fold(a: nn.Linear | GatedLinear, b: nn.Linear, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     weight_a, weight_b = full_tensor(a.weight.detach()), full_tensor(b.weight.detach())
     dtype = torch.promote_types(weight_a.dtype, torch.float32)
     weight_a, weight_b = weight_a.to(dtype), weight_b.to(dtype) * scaling

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_fastpeft.callbacks._gates import checkpoint_file, refuse_engines, restore_float32
+from hf_fastpeft.callbacks._gates import checkpoint_file, refuse_engines, refuse_merged, restore_float32
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.adalora.adapter import (
     AllocatedAdapter,
@@ -59,8 +59,8 @@ class AdaLoraCallback(TrainerCallback):
     Raises:
         ValueError: on train begin, a schedule or target that the run or the layers do not allow.
         RuntimeError: on train begin, under DeepSpeed, whose engine has cleared the gradients; under FSDP1, which
-            flattens the factors; for sharded adapters (FSDP2); in training, where no gradients are left after the
-            optimizer's step.
+            flattens the factors; with a schedule-free optimizer; for merged or sharded (FSDP2) adapters; in training,
+            where no gradients are left after the optimizer's step.
         AdapterError: on train begin, ranks of PEFT's adapter are cut already, or the checkpoint's state is unreadable.
     """
 
@@ -102,6 +102,7 @@ class AdaLoraCallback(TrainerCallback):
             )
             return
         for adapter in self._adapters:
+            refuse_merged("AdaLoraCallback", zip((t.path for t in adapter.triplets), adapter.layers, strict=True))
             refuse_shards(adapter)
             if adapter.runtime is None:
                 refuse_cut_layers(adapter)

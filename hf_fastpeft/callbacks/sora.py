@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_fastpeft.callbacks._decay import DecayExemption
-from hf_fastpeft.callbacks._gates import checkpoint_file, refuse_engines, restore_float32
+from hf_fastpeft.callbacks._gates import checkpoint_file, refuse_engines, refuse_merged, restore_float32
+from hf_fastpeft.callbacks._rates import GateRates
 from hf_fastpeft.errors import AdapterError
 from hf_fastpeft.tuners.sora.layer import GatedLinear, SoraLayer, SoraRuntime
 from hf_fastpeft.tuners.sora.prune import PruneWindow, keep_largest_, lambda_share, rank_budget, soft_threshold_
@@ -33,9 +35,12 @@ class _Adapter:
     paths: list[str] = field(default_factory=list)
     gates: list[nn.Parameter] = field(default_factory=list)
     matrices: list[nn.Parameter] = field(default_factory=list)
-    by_group: dict[int, list[nn.Parameter]] = field(default_factory=dict)  # index of the optimizer's group
     window: PruneWindow = field(default_factory=lambda: PruneWindow(0, 0))
     alive: list[torch.Tensor] | None = None  # set when the settling phase begins
+
+    @cached_property
+    def rates(self) -> GateRates:
+        return GateRates("SoraCallback", self.gates, self.paths)
 
     def local_gates(self) -> list[torch.Tensor]:
         return [_local(gate) for gate in self.gates]
@@ -65,11 +70,12 @@ class SoraCallback(TrainerCallback):
     """Prunes the active SoRA adapters of the model that a Trainer trains.
 
     Pass it to the trainer's constructor: ``Trainer(..., callbacks=[SoraCallback()])``. Its settings are those of each
-    adapter's ``SoraConfig``. Each step it takes the learning rate that the optimizer has just used for the gates, and
-    lowers them by ``lr * sparse_lambda`` (in units of ``gamma``; ``lambda_schedule`` lets it grow), or zeroes the
-    smallest ones of all layers down to the rank budget if ``target_r`` is given, or does both with
-    ``reassign_ranks``. Steps that the optimizer skipped, and steps outside the pruning window, change nothing;
-    in the settling phase zero gates are held at zero. Weight decay never reaches the gates.
+    adapter's ``SoraConfig``. Each step it takes the learning rate that the optimizer has just used for each gate
+    (its parameter group's, whichever that is) and lowers the gate by ``lr * sparse_lambda`` (in units of ``gamma``;
+    ``lambda_schedule`` lets it grow), or zeroes the smallest ones of all layers down to the rank budget if
+    ``target_r`` is given, or does both with ``reassign_ranks``. Steps that the optimizer skipped, steps outside the
+    pruning window and steps in which the adapter is switched off change nothing; in the settling phase zero gates are
+    held at zero. Weight decay never reaches the gates.
 
     A resumed run equals a straight one bit for bit. Checkpoints carry ``sora_state.json`` (window and history).
 
@@ -80,8 +86,9 @@ class SoraCallback(TrainerCallback):
     Raises:
         ValueError: on train begin, a schedule or target that the run or the layers do not allow.
         RuntimeError: on train begin, under DeepSpeed, whose optimizer keeps its own copy of the gates; under FSDP1,
-            which flattens them; for gates that the optimizer does not hold; for sharded gates (FSDP2) with
-            ``target_r`` or ``min_rank``.
+            which flattens them; with a schedule-free optimizer; for gates that the optimizer does not hold, or moves
+            by steps other than its learning rate's; for merged adapters; for sharded gates (FSDP2) with ``target_r``
+            or ``min_rank``.
         AdapterError: on train begin, the checkpoint's ``sora_state.json`` cannot be read.
     """
 
@@ -121,15 +128,17 @@ class SoraCallback(TrainerCallback):
                 stacklevel=2,
             )
             return
+        refuse_merged("SoraCallback", _sora_layers(model))
         for adapter in self._adapters:
             restore_float32(adapter.gates, optimizer)
             _refuse_shards(adapter)
             adapter.window = PruneWindow.of(adapter.runtime.config, state.max_steps)
             _refuse_settings(adapter)
-            group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            _assign_groups(adapter, group_of)
-            if state.global_step == 0:
-                _warn_about_schedule(adapter, optimizer, lr_scheduler, group_of)
+            adapter.rates.find(optimizer)
+            if adapter.under_pressure:
+                adapter.rates.rates(optimizer)
+                if state.global_step == 0:
+                    _warn_about_schedule(adapter, optimizer, lr_scheduler)
             adapter.runtime.pruned_by_callback = True
         gates = [gate for adapter in self._adapters for gate in adapter.gates]
         self._exemption = DecayExemption.install(optimizer, gates)
@@ -154,7 +163,7 @@ class SoraCallback(TrainerCallback):
         if getattr(optimizer, "step_was_skipped", False):
             return
         for adapter in self._adapters:
-            _prune(adapter, state.global_step, optimizer.param_groups)
+            _prune(adapter, state.global_step, optimizer)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self._adapters or not ("loss" in logs or "train_runtime" in logs):
@@ -232,7 +241,9 @@ class SoraCallback(TrainerCallback):
         self.history = history
 
 
-def _prune(adapter: _Adapter, step: int, param_groups: list[dict[str, Any]]) -> None:
+def _prune(adapter: _Adapter, step: int, optimizer: Any) -> None:
+    if not any(gate.requires_grad for gate in adapter.gates):  # another adapter is active, or this one is disabled
+        return
     if adapter.alive is not None:
         torch._foreach_mul_(adapter.local_gates(), adapter.alive)
         return
@@ -241,9 +252,8 @@ def _prune(adapter: _Adapter, step: int, param_groups: list[dict[str, Any]]) -> 
     config = adapter.runtime.config
     if adapter.under_pressure:
         pressure = config.sparse_lambda * adapter.share(step)
-        for index, members in adapter.by_group.items():
-            threshold = param_groups[index]["lr"] * pressure
-            soft_threshold_([_local(gate) for gate in members], threshold, min_rank=config.min_rank)
+        for rate, members in adapter.rates.rates(optimizer):
+            soft_threshold_([_local(gate) for gate in members], rate * pressure, min_rank=config.min_rank)
     if adapter.target is not None:
         gates = adapter.local_gates()
         total = sum(gate.numel() for gate in gates)
@@ -318,55 +328,48 @@ def _refuse_settings(adapter: _Adapter) -> None:
         )
 
 
-def _assign_groups(adapter: _Adapter, group_of: dict[int, int]) -> None:
-    missing = [p for p, gate in zip(adapter.paths, adapter.gates, strict=True) if id(gate) not in group_of]
-    if missing:
-        raise RuntimeError(
-            f"SoraCallback: the optimizer does not hold the gates of {len(missing)} layers, {missing[0]!r} first; "
-            "create it from the parameters of the model with its adapters in place."
-        )
-    adapter.by_group = {}
-    for gate in adapter.gates:
-        adapter.by_group.setdefault(group_of[id(gate)], []).append(gate)
-
-
-def _warn_about_schedule(adapter: _Adapter, optimizer: Any, lr_scheduler: Any, group_of: dict[int, int]) -> None:
+def _warn_about_schedule(adapter: _Adapter, optimizer: Any, lr_scheduler: Any) -> None:
     """Tell a run that cannot prune, or that must prune everything, before it starts."""
     config = adapter.runtime.config
-    if not adapter.under_pressure:
-        return
-    decays = {
-        optimizer.param_groups[group_of[id(p)]].get("weight_decay", 0.0) for p in adapter.matrices if id(p) in group_of
-    }
-    if not any(decays):
+    matrices = {id(p) for p in adapter.matrices}
+    decayed = [group for group in optimizer.param_groups if group.get("weight_decay", 0.0)]
+    if not any(id(p) in matrices for group in decayed for p in group["params"]):
         warnings.warn(
             "SoraCallback: no weight decay on A and B: they can grow while their gates shrink, which evades the "
             "pruning. Set weight_decay in the training arguments (0.01 to 0.1); it does not act on the gates.",
             UserWarning,
             stacklevel=3,
         )
-    sums = [_sum_lr(lr_scheduler, index, adapter) for index in adapter.by_group]
+    groups = adapter.rates.find(optimizer)
+    sums = [_sum_lr(lr_scheduler, index, adapter) for index in groups]
     known = [pair for pair in sums if pair is not None]
     if len(known) < len(sums):
         return
-    sum_lr, weighed = (max(values) for values in zip(*known, strict=True))
-    sizes = torch.cat([gate.abs().to("cpu") for gate in adapter.local_gates()]) * config.gate_scale
-    reach = config.sparse_lambda * config.gate_scale * weighed
+    # of each group: how far its gates can fall, how far they must, and its smallest and largest gate
+    falls = []
+    for (sum_lr, weighed), gates in zip(known, groups.values(), strict=True):
+        sizes = torch.cat([_local(gate).abs().to("cpu") for gate in gates]) * config.gate_scale
+        if not len(sizes):  # FSDP2: all of them lie on other processes
+            return
+        reach = config.sparse_lambda * config.gate_scale * weighed
+        # Adam raises a gate by lr a step at most, and the pressure lowers it by lr * sparse_lambda * share.
+        falls.append((reach, reach - config.gate_scale * sum_lr, sizes.min().item(), sizes.max().item()))
+    sum_lr = max(sum_lr for sum_lr, _ in known)
     asked = (
         f"sparse_lambda={config.sparse_lambda:g}, gate_scale={config.gate_scale:g}, "
         f"lambda_schedule={config.lambda_schedule!r} and a learning rate that sums to {sum_lr:.3g} over steps "
         f"{adapter.window.first} to {adapter.window.end}"
     )
     aim, instead = ("prune", ", or set target_r.") if adapter.target is None else ("free a rank", ".")
-    if reach < sizes.min().item():
+    if all(reach < smallest for reach, _, smallest, _ in falls):
+        reach, _, smallest, _ = max(falls, key=lambda fall: fall[0] / fall[2])
         warnings.warn(
             f"SoraCallback: this schedule cannot {aim}: {asked} lower a gate by {reach:.3g} at most, and the smallest "
-            f"is {sizes.min().item():.3g}. Raise gate_scale, sparse_lambda (up to 1) or the steps{instead}",
+            f"is {smallest:.3g}. Raise gate_scale, sparse_lambda (up to 1) or the steps{instead}",
             UserWarning,
             stacklevel=3,
         )
-    # Adam raises a gate by lr a step at most, and the pressure lowers it by lr * sparse_lambda * share.
-    elif reach - config.gate_scale * sum_lr >= sizes.max().item():
+    elif all(least >= largest for _, least, _, largest in falls):
         warnings.warn(
             f"SoraCallback: this schedule must prune every rank: {asked} lower each gate faster than Adam can raise "
             f"it. Lower sparse_lambda below 1{instead}",

@@ -7,7 +7,11 @@ from typing import Any
 
 from peft import LoraConfig
 
-__all__ = ["check", "is_int", "write_card", "wrong_lora_settings"]
+__all__ = ["NOT_PLAIN_LORA", "check", "is_int", "write_card", "wrong_lora_settings"]
+
+# On a field that is always truthy: PEFT's own LoRA layers then refuse a configuration that was not made for them
+# ("unsupported variant combination"), where LoraModel or X-LoRA would build plain LoRA from it.
+NOT_PLAIN_LORA = {"is_lora_variant": True}
 
 _CARD = """{heading}
 

@@ -7,6 +7,7 @@ delta weight needs overriding. Shapes: A (r, in), B (out, r), gamma and g (r,). 
 ``GateRuntime`` and layer classes.
 """
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_fastpeft.errors import AdapterError
+from hf_fastpeft.tuners._factors import GatedFactors, Scalings
 
 __all__ = [
     "Gate",
@@ -66,9 +69,11 @@ class GateRuntime(ABC):
 
 
 class Gate(nn.Module):
-    """One gate per rank, ``g = scale * weight``; the weight stays float32 in a half-precision model.
+    """One gate per rank, ``g = scale * weight``; the weight is float32 whatever the dtype of A, B and the model.
 
-    In bfloat16 a gate at 1.0 cannot move by less than 0.004 and would never leave its start.
+    In bfloat16 a gate at 1.0 cannot move by less than 0.004: an optimizer's step of 2e-4 and the pressure on it, half
+    as large, would both be lost, and no gate would ever leave its start. So ``autocast_adapter_dtype=False`` and
+    ``model.to(dtype)`` act on A and B only, where PEFT's LoRA takes whatever dtype it is given. r numbers a layer.
     """
 
     def __init__(self, r: int, runtime: GateRuntime) -> None:
@@ -92,16 +97,20 @@ class Gate(nn.Module):
         return f"r={self.weight.numel()}, scale={self.scale}"
 
 
-class GatedLinear(nn.Linear):
-    """``(x Aᵀ) * g``, without bias; takes over the weight of the ``nn.Linear`` that PEFT made."""
+class GatedLinear(nn.Module):
+    """``(x Aᵀ) * g``, without bias; takes over the weight of the ``nn.Linear`` that PEFT made.
 
+    Not an ``nn.Linear``: whatever replaces those by others would lose the gates.
+    """
+
+    weight: nn.Parameter
     gate: Gate
 
     def __init__(self, linear: nn.Linear, runtime: GateRuntime) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.weight = linear.weight
+        self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", None)
         self.gate = Gate(linear.out_features, runtime)
 
@@ -123,6 +132,9 @@ class GatedLinear(nn.Linear):
         g: torch.Tensor = self.gate()  # through __call__: wrappers such as FSDP gather the weight there
         return p * g.to(p.dtype)
 
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
 
 class GatedLayer:
     """Mixin over a PEFT LoRA layer of a linear module; the PEFT class comes second in the bases."""
@@ -143,12 +155,23 @@ class GatedLayer:
                 f"{self.runtime_class.method} adapters; one PEFT method per model is possible. Use "
                 f"{self.config_class.__name__}, or load the model anew."
             )
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
+        replaced = self.lora_A.pop(adapter_name) if adapter_name in self.lora_A else None
+        try:
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            if replaced is not None:
+                self.lora_A[adapter_name] = replaced
+            raise
         self.add_gate(adapter_name, self.runtime_class(config))
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
+        """None: no LoRA variant has a gated form, and the configuration has refused them."""
 
     def add_gate(self, adapter_name: str, runtime: GateRuntime) -> None:
         """Put a gate behind the A projection of an adapter that PEFT has just created."""
         layer: Any = self
+        if not isinstance(self.lora_A, GatedFactors):
+            self.lora_A, self.scaling = GatedFactors(dict(self.lora_A.items())), Scalings(self.scaling)
         self.lora_A[adapter_name] = GatedLinear(cast(nn.Linear, self.lora_A[adapter_name]), runtime)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=runtime.config.inference_mode)
@@ -259,7 +282,9 @@ class GatedModel(lora.LoraModel):
         )
         if isinstance(base, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)):
             raise refusal
-        module = lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        plain = copy.copy(lora_config)
+        plain.__class__ = LoraConfig  # PEFT's layers refuse the method's own
+        module = lora.LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
         known = type(module) is lora.Linear or type(module).__module__ == "peft.tuners.lora.bnb"
         layer_cls = cls.layer_over(type(module).__name__) if known else None
         if layer_cls is None:
@@ -270,10 +295,12 @@ class GatedModel(lora.LoraModel):
         return module  # type: ignore[no-any-return]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: a combination of A and B matrices has no gates of its own."""
+        """Not possible: PEFT weighs A and B, of one adapter too, and starts the new adapter's gates afresh."""
         raise AdapterError(
-            f"add_weighted_adapter: gates of several {self.layer_class.runtime_class.method} adapters cannot be "
-            "combined. Write each with hf_fastpeft.export_to_lora and combine the plain LoRA adapters."
+            f"add_weighted_adapter: PEFT computes the new adapter from A and B alone, also from a single adapter, and "
+            f"knows no gates of {self.layer_class.runtime_class.method}. Write each adapter with "
+            "hf_fastpeft.export_to_lora, where gates are part of A, and combine the plain LoRA adapters; to weigh a "
+            "single adapter, set_scale of its layers."
         )
 
     @classmethod

@@ -370,7 +370,7 @@ def test_several_adapters_keep_apart():
     model.set_adapter("default")
     model.delete_adapter("second")
     assert torch.equal(logits(model), first)
-    with pytest.raises(AdapterError, match="gates of several adaptive LoRA adapters cannot be combined"):
+    with pytest.raises(AdapterError, match="also from a single adapter, and knows no gates of adaptive LoRA"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
 
 

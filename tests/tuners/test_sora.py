@@ -199,6 +199,17 @@ def test_what_trains_is_a_b_and_gate():
     assert trained == {"A.default.weight", "A.default.gate.weight", "B.default.weight"}
 
 
+def test_a_bfloat16_gate_would_never_move():
+    """Why gates stay float32 beside half-precision A and B: Adam's step at a usual learning rate, at the start."""
+    for dtype, moves in ((torch.bfloat16, False), (torch.float32, True)):
+        gate = nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = torch.optim.Adam([gate], lr=2e-4)
+        for _ in range(20):
+            gate.grad = torch.ones_like(gate)
+            optimizer.step()
+        assert bool((gate < 1).all()) == moves
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_half_precision_models_keep_float32_gates(dtype, autocast_adapter_dtype):
@@ -314,8 +325,11 @@ def test_an_adapter_called_gate_is_refused():
 
 def test_add_weighted_adapter_is_refused():
     model = sora_model()
-    with pytest.raises(AdapterError, match="gates of several SoRA adapters cannot be combined"):
+    with pytest.raises(
+        AdapterError, match="from A and B alone, also from a single adapter, and knows no gates of SoRA"
+    ):
         model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_conversion_of_initial_weights_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from hf_fastpeft.tuners import _config
-from hf_fastpeft.tuners._config import is_int, write_card, wrong_lora_settings
+from hf_fastpeft.tuners._config import NOT_PLAIN_LORA, is_int, write_card, wrong_lora_settings
 from hf_fastpeft.tuners._peft import add_peft_type
 from hf_fastpeft.tuners.adalora.schedule import Schedule, in_steps
 
@@ -49,7 +49,7 @@ class AdaptiveLoraConfig(LoraConfig):
         ValueError: a value out of range, or a LoRA variant that has no gated form; all mistakes in one message.
     """
 
-    init_r: int = field(default=12, metadata={"help": "ranks of each layer's tensors"})
+    init_r: int = field(default=12, metadata={"help": "ranks of each layer's tensors", **NOT_PLAIN_LORA})
     target_r: float = field(default=8, metadata={"help": "mean rank kept per layer at the end"})
     scorer: Literal["sensitivity", "magnitude"] = field(default="sensitivity", metadata={"help": "how ranks compete"})
     budget: Literal["decay", "constant"] = field(default="decay", metadata={"help": "how the total rank runs"})

@@ -60,6 +60,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.mode: dict[str, str] = {}
         self.nonlinearity: dict[str, str] = {}
         self.scaling: dict[str, float] = {}
+        self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from hf_fastpeft.tuners import _config
-from hf_fastpeft.tuners._config import is_int, write_card, wrong_lora_settings
+from hf_fastpeft.tuners._config import NOT_PLAIN_LORA, is_int, write_card, wrong_lora_settings
 from hf_fastpeft.tuners._peft import add_peft_type
 
 __all__ = ["SoraConfig"]
@@ -63,7 +63,9 @@ class SoraConfig(LoraConfig):
         default="constant", metadata={"help": "how the pressure grows to sparse_lambda while ranks are pruned"}
     )
     lambda_stages: int = field(default=4, metadata={"help": "stages of lambda_schedule='stages'"})
-    gate_scale: float = field(default=50.0, metadata={"help": "fixed factor between the gate and what is trained"})
+    gate_scale: float = field(
+        default=50.0, metadata={"help": "fixed factor between the gate and what is trained", **NOT_PLAIN_LORA}
+    )
     gate_init: Literal["ones", "randn"] = field(default="ones", metadata={"help": "'ones' or 'randn'"})
     warmup_ratio: float = field(default=0.1, metadata={"help": "fraction of steps before pruning starts"})
     settle_ratio: float = field(default=0.1, metadata={"help": "fraction of steps at the end without pruning"})

@@ -10,6 +10,7 @@ model is asked for its Triton kernels.
 """
 
 import argparse
+import functools
 import json
 import warnings
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ VARIANTS = (
 FLASH = "sdpa_flash_without_mask"
 
 
+@functools.wraps(sdpa_attention_forward)  # by whose module the patched model tells that it writes to no adapter
 def _flash(*args: Any, **kwargs: Any) -> Any:
     """Hugging Face's SDPA path, with the operator that a GPU would pick; in a recomputation too."""
     with FlashAttention():

@@ -26,11 +26,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
-from hf_fastpeft.blocks.projection import Draw
 from hf_fastpeft.fast_module import COMPILED, FastModule
 from hf_fastpeft.hooks import hooked
 from hf_fastpeft.layers import CACHE_NAMES, FastAttention, FastDecoderLayer
-from hf_fastpeft.lazy_output import LazyLogits, OutputWithLazyLogits, lazy_output_class, output_class_of
+from hf_fastpeft.lazy_logits import SecondForward, lazy_logits
+from hf_fastpeft.lazy_output import OutputWithLazyLogits, lazy_output_class, output_class_of
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
 from hf_fastpeft.routing import Plan, notices_rows, plan_route, take
 from hf_fastpeft.watch import Watch
@@ -43,6 +43,7 @@ CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputW
 ROWS = "rows"  # what :meth:`FastCausalLM._read` is asked for
 NOT_TRAINING = "not training: real logits"
 NO_LABELS = "no labels: real logits"
+OTHER_SHAPE = "labels of another shape than the tokens"
 FSDP1 = "FSDP 1 (it reads every field of an output)"
 CALLER = "the caller may read the logits: it gives no num_items_in_batch, as Trainer does"
 FOREIGN = "foreign forward on this instance (another library patched it)"
@@ -223,6 +224,10 @@ class FastCausalLM(FastModule):
         targets = labels if shift_labels is None else shift_labels
         if getattr(targets, "dtype", None) != torch.int64:
             return f"labels are {getattr(targets, 'dtype', type(targets).__name__)}"
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None or targets.numel() != tokens.shape[:2].numel():
+            return OTHER_SHAPE
         keep = given.get("logits_to_keep", 0)
         if not isinstance(keep, int) or keep != 0:
             return "logits_to_keep"
@@ -254,7 +259,7 @@ class FastCausalLM(FastModule):
         stock = output_class_of(stock_class.forward)
         assert stock is not None
         others = {field.name: getattr(outputs, field.name, None) for field in fields(stock)}
-        lazy = _lazy_logits(self, outputs.last_hidden_state, again, rows_NH, options)
+        lazy = lazy_logits(self, outputs.last_hidden_state, again, rows_NH, options)
         return lazy_output_class(stock)(  # type: ignore[arg-type]
             **{**others, "loss": loss, "logits": lazy}
         )
@@ -300,7 +305,7 @@ class _Labelled(NamedTuple):
     rows_NH: torch.Tensor
     places_N: torch.Tensor
     outputs: Any
-    again: "_SecondForward | None"
+    again: SecondForward | None
 
 
 def _labelled_rows(
@@ -321,7 +326,7 @@ def _labelled_rows(
     routing = model._fastpeft.routing
     reason = _unroutable(model, args, kwargs) or unsure or _route_obstacle(model, backbone)
     if reason is None and (tokens is None or tokens.shape[:2].numel() != mask_P.numel()):
-        reason = "labels of another shape than the tokens"
+        reason = OTHER_SHAPE
     if reason is None and tokens is not None:
         last = backbone.layers[-1].self_attn  # type: ignore[index,union-attr]
         plan = plan_route(tuple(tokens.shape[:2]), mask_P, kwargs.get("attention_mask"), last, routing)
@@ -333,8 +338,9 @@ def _labelled_rows(
     if plan.route is None:
         outputs = backbone(*args, **kwargs)
     else:
-        again = _SecondForward(backbone, args, kwargs, mask_P, routing.backwards)
+        again = SecondForward(backbone, args, kwargs, mask_P, routing)
         outputs = backbone(*args, **kwargs, fastpeft_route=plan.route)
+        again.note()
     rows_N = plan.rows_N
     if plan.route is not None and not plan.route.taken:  # a backbone that keeps its kwargs for itself
         rows_N, again = plan.places_N, None
@@ -388,26 +394,6 @@ def _chosen(targets_BS: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
     return targets_BS.reshape(-1).index_select(0, places_N.to(targets_BS.device))
 
 
-class _SecondForward:
-    """The backbone's forward of now, once more and unrouted, with the same random numbers.
-
-    It makes a cache of its own where the first one did: transformers looks for packed rows only without a cache.
-    """
-
-    def __init__(
-        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.Tensor, backwards: int
-    ) -> None:
-        self.backbone, self.args, self.kwargs = backbone, args, kwargs
-        self.draw, self.backwards = Draw(on), backwards
-        kind = on.device.type
-        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-
-    def __call__(self) -> torch.Tensor:
-        with self.draw, torch.enable_grad(), torch.autocast(*self.autocast):
-            hidden_BSH: torch.Tensor = self.backbone(*self.args, **self.kwargs).last_hidden_state
-        return hidden_BSH
-
-
 def _token_stats(
     model: Any, rows_NH: torch.Tensor, targets_N: torch.Tensor, options: HeadOptions, *, entropy_gradient: bool
 ) -> TokenStats:
@@ -428,47 +414,6 @@ def _token_stats(
     return stats
 
 
-def _lazy_logits(
-    model: "FastCausalLM",
-    hidden_BSH: torch.Tensor | None,
-    again: _SecondForward | None,
-    rows_NH: torch.Tensor,
-    options: HeadOptions,
-) -> LazyLogits:
-    """What stock would have returned, under the autocast of now, from these hidden states or those of ``again``."""
-    head: Any = model.get_output_embeddings()
-    routing, kind, version = model._fastpeft.routing, head.weight.device.type, head.weight._version
-    enabled, autocast_dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-    def compute() -> torch.Tensor:
-        if head.weight._version != version:
-            raise RuntimeError("logits: the head's weight was written to since this forward; read them before that")
-        hidden = hidden_BSH
-        if hidden is None:
-            # an optimizer may have moved the parameters since, and not all bump their versions
-            if again is None or again.backwards != routing.backwards:
-                raise RuntimeError(
-                    "logits: this training step computed the labelled positions only, and a backward has run since; "
-                    "read them before backward(), or patch_model(routing=False)"
-                )
-            routing.warn_of_second_forward()
-            hidden = again()
-        with torch.enable_grad(), torch.autocast(kind, autocast_dtype, enabled):
-            logits: torch.Tensor = head(hidden)
-            if options.scale != 1.0:
-                logits = logits * options.scale
-            if options.softcap is not None:
-                logits = torch.tanh(logits / options.softcap) * options.softcap
-        return logits
-
-    def begin(_: torch.Tensor) -> None:
-        routing.backwards += 1
-
-    if again is not None and rows_NH.requires_grad:
-        rows_NH.register_hook(begin)  # type: ignore[no-untyped-call]
-    return LazyLogits(compute, compute_dtype(rows_NH, head.weight) or rows_NH.dtype)
-
-
 def _trl_obstacle(model: Any, options: dict[str, Any]) -> str | None:
     if options["cast_lm_head_to_fp32"]:
         return "head in float32 outside autocast (cast_lm_head_to_fp32)"
@@ -478,14 +423,23 @@ def _trl_obstacle(model: Any, options: dict[str, Any]) -> str | None:
     return low if isinstance(low, str) else None
 
 
+def _trl_label_obstacle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    labels, tokens = kwargs.get("shift_labels"), args[0] if args else kwargs.get("input_ids")
+    labels = kwargs.get("labels") if labels is None else labels
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if labels is None:
+        return "no labels"
+    return OTHER_SHAPE if tokens is None or labels.shape != tokens.shape[:2] else None
+
+
 def _serve_trl(model: Any, own: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """TRL's ``forward(fused_lm_head=True)``: its outputs, from our block where that is exact."""
     # the class is stock's again after restore(), while accelerate's autocast wrapper holds this forward
     if not kwargs.get("fused_lm_head", False) or not isinstance(model, FastCausalLM):
         return own(*args, **kwargs)
     reason = COMPILED if torch.compiler.is_compiling() else _trl_obstacle(model, options)
-    if reason is None and kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
-        reason = "no labels"
+    if reason is None:
+        reason = _trl_label_obstacle(args, kwargs)
     if reason is not None:
         if reason is not COMPILED:
             model._fastpeft.fall_back("lm_head", reason)

@@ -9,6 +9,7 @@ where it is not patched, or somebody listens to these modules, each runs its own
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from inspect import signature
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -323,7 +324,8 @@ class FastAttention(FastModule):
             options = {"kwargs": kwargs} if self.cache_name == "cache" else {}
             k, v = cache.update(k, v, self.layer_idx, **options)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, type(self).eager_attention)
-        if not str(getattr(attend, "__module__", None)).startswith(KNOWN_ATTENTION):
+        function = attend.func if isinstance(attend, partial) else attend  # transformers' way with kernels of a hub
+        if not str(getattr(function, "__module__", None)).startswith(KNOWN_ATTENTION):
             site.adapters.distrust()
         out, weights = attend(
             self,

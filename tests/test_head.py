@@ -14,6 +14,7 @@ from adapters import adapted_llama, step, token_batch, twin
 from datasets import Dataset
 from numerics import FLOAT64_REL, assert_no_worse, rel_err
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import CACHE, VOCAB_SIZE, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,8 +23,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_pt_utils import nested_detach
 from transformers.utils.generic import find_labels
+from trl.trainer import utils as trl_utils
 
-from hf_fastpeft import causal_lm, patch_model, patched
+from hf_fastpeft import causal_lm, patch_model, patched, restore
 from hf_fastpeft.blocks import lm_head
 from hf_fastpeft.causal_lm import FastCausalLM
 from hf_fastpeft.fast_module import Site
@@ -715,3 +717,83 @@ def test_data_parallel_replicas_run_stock():
     causal(model)._is_replica = True
     assert type(model(**BATCH)) is CausalLMOutputWithPast
     assert head_calls(model) == (0, {"a replica of DataParallel": 1})
+
+
+# logits read late
+
+
+def adapted_pair(**overrides):
+    stock = adapted_llama("lora", torch.float32, **overrides)
+    return stock, patch_model(twin(stock))
+
+
+CHANGES = {
+    "hook on the head": lambda m: m.lm_head.register_forward_hook(lambda module, args, out: 2 * out),
+    "another head": lambda m: setattr(m, "lm_head", torch.nn.Linear(32, VOCAB_SIZE)),
+    "another weight": lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(torch.zeros(VOCAB_SIZE, 32))),
+    "weight's data replaced": lambda m: setattr(m.lm_head.weight, "data", torch.zeros(VOCAB_SIZE, 32)),
+    "moved": lambda m: m.double(),
+    "eval": lambda m: m.eval(),
+    "restored": lambda m: restore(m),
+    "adapters off": lambda m: [x.enable_adapters(False) for x in m.modules() if isinstance(x, BaseTunerLayer)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_logits_are_the_forwards_whatever_happens_to_the_model_since(change):
+    found = []
+    for model in adapted_pair():
+        out = model(**BATCH)
+        CHANGES[change](causal(model))
+        found.append(out.logits)
+    assert found[1].dtype == found[0].dtype
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_was_written_to_is_an_error():
+    _, fast = adapted_pair()
+    out = fast(**BATCH)
+    with torch.no_grad():
+        causal(fast).lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="the head's weight was written to since this forward"):
+        _ = out.logits
+
+
+@pytest.mark.parametrize("watched", ["hook", "retained gradient"])
+def test_a_gradient_of_logits_that_would_not_come_is_an_error(watched):
+    _, fast = adapted_pair()
+    out = fast(**BATCH)
+    if watched == "hook":
+        out.logits.register_hook(lambda gradient: 2 * gradient)
+    else:
+        out.logits.retain_grad()
+    with pytest.raises(RuntimeError, match=r"outputs\.logits has a hook or retains its gradient"):
+        out.loss.backward()
+
+
+@pytest.mark.parametrize("trl", [False, True])
+@pytest.mark.parametrize("shape", [(3, 16), (3, 18), (2, 17), (1, 51), (51,)])
+def test_labels_of_another_shape_are_stocks_to_understand(shape, trl):
+    labels = torch.full((51 * 2,), 5)[: torch.Size(shape).numel()].view(shape)
+    found = []
+    for model in adapted_pair():
+        batch = {**BATCH, "labels": labels}
+        if trl:
+            trl_utils.add_fused_lm_head(causal(model))
+            batch["fused_lm_head"] = True
+        try:
+            found.append(causal(model)(**batch).loss.item())
+        except (ValueError, RuntimeError, IndexError) as error:
+            found.append(type(error))
+    assert found[1] == (pytest.approx(found[0], rel=1e-4) if isinstance(found[0], float) else found[0])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_label_outside_the_vocabulary_is_stocks_error(trained):
+    labels = BATCH["labels"].clone()
+    labels[0, 8] = VOCAB_SIZE
+    for model in adapted_pair():
+        model.requires_grad_(trained)
+        causal(model).lm_head.requires_grad_(False)
+        with pytest.raises(IndexError):
+            model(**{**BATCH, "labels": labels})

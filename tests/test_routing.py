@@ -425,7 +425,9 @@ def test_logits_after_the_backward_of_a_routed_step_say_what_to_do():
     patch_model(model)
     out = model(**padded(RIGHT))
     out.loss.backward()
-    with pytest.raises(RuntimeError, match=r"read them before backward\(\), or patch_model\(routing=False\)"):
+    with pytest.raises(
+        RuntimeError, match=r"a backward has run since; read them before that, or patch_model\(routing=False\)"
+    ):
         out.to_tuple()
 
 
@@ -478,6 +480,27 @@ def test_the_first_second_forward_is_a_warning():
         _ = model(**padded(RIGHT)).logits
     _ = model(**padded(RIGHT)).logits
     assert "run once more for logits that were read: 2 calls" in patched(model).report()
+
+
+SINCE = {
+    "adapters off": lambda m, batch: m.base_model.disable_adapter_layers(),
+    "scaled": lambda m, batch: m.base_model.model.model.layers[0].mlp.up_proj.scale_layer(2.0),
+    "merged": lambda m, batch: m.merge_adapter(),
+    "written to": lambda m, batch: next(p for n, p in m.named_parameters() if "lora_B" in n).detach().mul_(2.0),
+    "inputs written to": lambda m, batch: batch["input_ids"].add_(1),
+    "hook": lambda m, batch: m.base_model.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *a: None),
+    "eval": lambda m, batch: m.eval(),
+}
+
+
+@pytest.mark.parametrize("change", SINCE)
+def test_a_second_forward_of_another_state_is_an_error(change):
+    model = patch_model(adapted_llama("lora", torch.float32))
+    batch = padded(RIGHT)
+    out = model(**batch)
+    SINCE[change](model, batch)
+    with pytest.raises(RuntimeError, match="adapters, weights or inputs have changed since; read them before that"):
+        _ = out.logits
 
 
 # TRL's contract

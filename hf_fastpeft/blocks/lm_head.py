@@ -117,6 +117,8 @@ class _LMHead(torch.autograd.Function):
         log_probs_N = below_N - log_total_N
         entropy_N = log_z_N - stats.weighted / total_N
         is_top1_N = stats.argmax == targets
+        if others_NH is None:
+            weight[:, :1].index_select(0, targets)  # stock's IndexError for a target outside the vocabulary
         gradient_NH = unsure_N = None
         if others_NH is not None:
             unsure_N = stats.rest * (scale / total_N)
@@ -201,7 +203,7 @@ def lm_head_log_probs(
         ``entropy`` (recomputed, three products in all).
 
     Raises:
-        IndexError: a target outside the vocabulary, where ``hidden`` wants a gradient.
+        IndexError: a target outside the vocabulary.
         ValueError: weight or bias wants a gradient, which this block does not compute.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):

@@ -361,6 +361,26 @@ def test_threads_that_overlap_in_a_forward_do_not_stop_training():
             optimizer.step()
 
 
+@pytest.mark.parametrize("others", range(KEPT - 2, KEPT + 4))
+def test_trained_biases_and_adapters_after_forwards_that_ran_stock(others):
+    """Copies that nobody asked for are dropped after a while: each alone, not one under the other's hands."""
+    stock = adapted_llama("lora", attention_bias=True, mlp_bias=True, config={"bias": "all", "lora_bias": False})
+    fast = twin(stock)
+    patch_model(fast)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5) for m in (stock, fast)]
+    for i in range(6):
+        (loss, want), (found, got) = step(stock, BATCH), step(fast, BATCH)
+        assert rel_err(found, loss) < FLOAT64_REL
+        assert all(rel_err(got[name], gradient) < FLOAT64_REL for name, gradient in want.items())
+        for optimizer in optimizers:
+            optimizer.step()
+        fast.eval()
+        for _ in range(others if i % 2 else 0):  # the first step lays copies out, the second writes them together
+            with torch.no_grad():
+                fast(input_ids=BATCH["input_ids"][:, :3])
+        fast.train()
+
+
 @pytest.mark.parametrize("method", ["lora", "sora"])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
 @pytest.mark.filterwarnings("ignore:SoRA")

@@ -45,6 +45,7 @@ class Copy(Generic[T]):
         shapes: of its tensors.
         filled: the forward in which they were written last.
         used: the forward in which somebody asked for them last.
+        dropped: whether the cache has given them up; whoever has them still asks anew.
     """
 
     laid_out: T
@@ -52,6 +53,7 @@ class Copy(Generic[T]):
     shapes: list[torch.Size]
     filled: int
     used: int
+    dropped: bool = False
 
     def fits(self) -> bool:
         """Whether the tensors still have the shapes that were laid out."""
@@ -153,8 +155,7 @@ class SideCache:
         side = self._side(stack, side_dtype)
         bias = self._bias(stack, dtype)
         copies = tuple(copy for copy in (side, bias) if isinstance(copy, Copy))
-        for copy in copies:
-            self._freshen(copy)
+        self._freshen(copies)
         return (
             None if side is None else side.laid_out,
             bias.laid_out if isinstance(bias, Copy) else bias,
@@ -166,12 +167,9 @@ class SideCache:
 
         The copies are then fresh.
         """
-        if copies is None or not self._shares():
+        if copies is None or any(copy.dropped for copy in copies) or not self._shares():
             return False
-        for copy in copies:
-            self._freshen(copy)
-            if copy.filled != self.forwards:  # dropped since
-                return False
+        self._freshen(copies)
         return True
 
     def _side(self, stack: Stack, dtype: torch.dtype) -> Copy[Side] | None:
@@ -203,14 +201,18 @@ class SideCache:
         records = tuple(low._replace(weight=low.weight.detach().to("meta")) for low in stack)
         return Copy(laid_out, records, _shapes(stack), self.forwards, self.forwards)
 
-    def _freshen(self, copy: Copy[Any]) -> None:
-        copy.used = self.forwards
-        if copy.filled == self.forwards and not self._hooked:
-            return
-        if self._whole and not self._hooked:
-            self._refresh()
-        else:
-            self._fill_one(copy)  # other layers' parameters may be sharded away at this moment
+    def _freshen(self, copies: Copies) -> None:
+        """Have these copies hold the present values."""
+        for copy in copies:  # all, before a refresh drops what nobody asks for
+            copy.used = self.forwards
+        for copy in copies:
+            if copy.filled == self.forwards and not self._hooked:
+                continue
+            if self._whole and not self._hooked:
+                self._refresh()
+            if copy.filled != self.forwards or self._hooked:
+                # other layers' parameters may be sharded away at this moment
+                self._fill_one(copy)
 
     def _fill_one(self, copy: Copy[Any]) -> None:
         if isinstance(copy.laid_out, Side):
@@ -234,10 +236,11 @@ class SideCache:
 
     def _prune(self) -> None:
         """Drop copies that were not used lately, and those whose parameters were resized."""
-        sides = {key: copy for key, copy in self._sides.items() if self._wanted(copy)}
-        if len(sides) < len(self._sides):
-            self._sides, self._fill = sides, None
-        self._biases = {key: copy for key, copy in self._biases.items() if self._wanted(copy)}
+        entries: list[dict[tuple[object, ...], Any]] = [self._sides, self._biases]
+        for known in entries:
+            for key in [key for key, copy in known.items() if not self._wanted(copy)]:
+                known.pop(key).dropped = True
+                self._fill = None
 
     def _wanted(self, copy: Copy[Any]) -> bool:
         return self.forwards - copy.used < KEPT and copy.fits()

@@ -109,14 +109,14 @@ def test_an_example_trains_patched_as_stock_and_loads_again(name, base, tmp_path
 @pytest.mark.parametrize("name", PROMPT_METHODS)
 def test_a_sample_is_the_adapted_models_answer(name, base, tmp_path):
     """By whole forwards of the saved adapter, token by token: PEFT's ``generate`` depends on transformers' release."""
-    result = run(toy(name, base, tmp_path / "out", "fastpeft.sample_tokens=5", "learning_rate=1.0"), tmp_path)
+    result = run(toy(name, base, tmp_path / "out", "fastpeft.sample_tokens=12", "learning_rate=3.0"), tmp_path)
     (sample,) = result.samples
     tokenizer = tiny.tiny_tokenizer()
     model = hf_fastpeft.load_adapter(result.adapter_dir).eval()
     asked = ids = torch.tensor([tokenizer(sample.prompt)["input_ids"]])
     plain = []
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(12):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
             with model.disable_adapter():
                 plain.append(model(input_ids=ids[:, :-1]).logits[0, -1].argmax())

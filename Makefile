@@ -9,9 +9,10 @@ CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constrai
 # gpu-check needs no installation: it runs from a checkout with the Python that has torch. OUT=folder for its results.
 OUT ?= outputs/gpu-check
 
-# What every supported version must pass: parity of all families, generation, TRL's trainers, PEFT's methods, resume.
+# What every supported version must pass: parity of all families, generation, TRL's trainers, PEFT's methods, runs, resume.
 CORE := tests/test_versions.py tests/test_families.py tests/test_parity.py tests/test_generation.py tests/test_trl.py \
-	tests/test_online_rl.py tests/test_methods.py tests/tuners/test_matrix.py tests/callbacks/test_adalora_resume.py
+	tests/test_online_rl.py tests/test_methods.py tests/tuners/test_matrix.py tests/callbacks/test_adalora_resume.py \
+	tests/run/test_runner.py tests/run/test_plots.py tests/quickstart/test_model_cache.py
 CORE_TESTS := -m pytest $(CORE) -m "not slow and not gpu and not smollm2"
 # Environments of their own, with the CUDA build of torch (2.5 GB to fetch, 6 GB on disk): no other build of its oldest
 # and newest release is in every registry.

@@ -13,7 +13,7 @@ import hf_fastpeft
 from hf_fastpeft import cli
 from hf_fastpeft.config import load_config, parse_config
 from hf_fastpeft.config.mapping import adapter_config, arguments
-from hf_fastpeft.config.methods import METHODS, SHORTHANDS
+from hf_fastpeft.config.methods import METHODS, PROMPT_METHODS, SHORTHANDS
 from hf_fastpeft.errors import AdapterError, ConfigError
 from hf_fastpeft.run import methods
 from hf_fastpeft.run.runner import model_and_batch, train
@@ -104,6 +104,25 @@ def test_an_example_trains_patched_as_stock_and_loads_again(name, base, tmp_path
     assert torch.isfinite(logits[0]).all()
     if patched.lora_dir is not None:  # plain LoRA on the unchanged base: the same function
         torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROMPT_METHODS)
+def test_a_sample_is_the_adapted_models_answer(name, base, tmp_path):
+    """By whole forwards of the saved adapter, token by token: PEFT's ``generate`` depends on transformers' release."""
+    result = run(toy(name, base, tmp_path / "out", "fastpeft.sample_tokens=12", "learning_rate=3.0"), tmp_path)
+    (sample,) = result.samples
+    tokenizer = tiny.tiny_tokenizer()
+    model = hf_fastpeft.load_adapter(result.adapter_dir).eval()
+    asked = ids = torch.tensor([tokenizer(sample.prompt)["input_ids"]])
+    plain = []
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+            with model.disable_adapter():
+                plain.append(model(input_ids=ids[:, :-1]).logits[0, -1].argmax())
+    answer = ids[0, asked.shape[1] :]
+    assert sample.after == tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert answer.tolist() != torch.stack(plain).tolist()  # the virtual tokens tell
 
 
 @pytest.mark.filterwarnings("ignore:.*(gates are not being pruned|ranks are not being allocated):UserWarning")

@@ -25,6 +25,8 @@ class StockExperts(FastModule):
         return EXPERTS
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(self, StockExperts):  # restored, while others hold this forward
+            return type(self).forward(self, *args, **kwargs)
         self._fastpeft.fall_back("mlp", self._may_fuse() or EXPERTS)
         return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
@@ -23,6 +24,11 @@ INFERENCE = "inference (stock numerics and caches)"
 COMPILED = "inside torch.compile"
 EXPORTED = "inside torch.export"
 REPLICA = "a replica of DataParallel"
+# modes that keep operators' results or their arguments, which the blocks then write to
+MODES = {
+    "torch.autograd.graph": "allow_mutation_on_saved_tensors",
+    "torch.utils.checkpoint": "selective activation checkpointing",
+}
 TRANSFORMED = "torch.func or forward-mode differentiation"
 
 
@@ -198,4 +204,8 @@ class FastModule(nn.Module):
             return "global module hooks"
         if not torch.is_grad_enabled() and not self.training:
             return INFERENCE
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            for mode in _get_current_dispatch_mode_stack():
+                if type(mode).__module__ in MODES:
+                    return f"inside {MODES[type(mode).__module__]}"
         return None

@@ -60,6 +60,11 @@ def _dtype_of(x: torch.Tensor, bundles: tuple[Bundle, ...]) -> torch.dtype | str
     return dtype if dtype is not None else f"mixed dtypes: input {x.dtype}, weights {bundles[0][0].weight.dtype}"
 
 
+def _restored(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward: its class is stock's again after ``restore()``, while others may hold ours."""
+    return type(module).forward(module, *args, **kwargs)
+
+
 class FastRMSNorm(FastModule):
     """RMSNorm in one kernel each way; keeps its input and one float a row."""
 
@@ -83,6 +88,8 @@ class FastRMSNorm(FastModule):
         return Norm(self.weight, getattr(self, self.eps_name), self.unit_offset)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self, FastRMSNorm):
+            return _restored(self, hidden_states)
         reason = self._may_fuse() or self.obstacle("rms_norm")
         if reason is not None:
             self._fastpeft.fall_back("rms_norm", reason)
@@ -128,7 +135,7 @@ class FastMLP(FastModule):
         return down if isinstance(down, str) else (stack, down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.run(x)
+        return self.run(x) if isinstance(self, FastMLP) else _restored(self, x)
 
     def run(self, h: torch.Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> torch.Tensor:
         """The module's output for ``norm(h)``, plus ``h`` where ``residual`` is asked for."""
@@ -281,6 +288,8 @@ class FastAttention(FastModule):
         return {name: attrgetter(path)(self) for name, path in self.attention_options.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not isinstance(self, FastAttention):
+            return _restored(self, *args, **kwargs)
         given = {**dict(zip(self._positional, args, strict=False)), **kwargs}
         reason = self._may_fuse() or self._argument_obstacle(given, len(args) + len(kwargs))
         if reason is not None:
@@ -419,6 +428,8 @@ class FastDecoderLayer(FastModule):
         fastpeft_route: Route | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if not isinstance(self, FastDecoderLayer):
+            return _restored(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         reason = self._may_fuse() or _other_cache(kwargs, self.cache_name)
         if reason is not None or args or position_embeddings is None:
             assert fastpeft_route is None

@@ -1,5 +1,6 @@
 """Code that is nobody's business of ours runs in the midst of a forward or on its results: what it does counts."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from adapters import adapted_llama, assert_parity, step, token_batch, twin
 from numerics import FLOAT64_REL, rel_err
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -140,6 +142,45 @@ def test_an_attention_function_may_work_in_place(qk_norm, padded):
     fast = patch_model(twin(stock))
     assert_parity(stock, fast, BATCH if padded else token_batch(1, 4), tol=1e-4 if qk_norm else FLOAT64_REL)
     assert patched(fast).to_json()["blocks"]["attention_in"]["calls_fused"] == 2
+
+
+@pytest.mark.parametrize("where", ["", "self_attn", "mlp", "input_layernorm"])
+def test_a_forward_that_others_wrapped_is_stocks_after_restore(where):
+    stock = adapted_llama("lora")
+    fast = patch_model(twin(stock))
+    for layer in layers_of(fast):
+        module = layer.get_submodule(where)
+        held = module.forward
+        module.forward = lambda *args, held=held, **kwargs: held(*args, **kwargs)
+    assert_steps_agree(stock, fast, steps=1)
+    restore(fast)
+    assert_steps_agree(stock, fast, steps=1)
+
+
+@pytest.mark.parametrize("policy", ["list", "function"])
+def test_selective_checkpointing_runs_stock(policy):
+    def choose(ctx, op, *args, **kwargs):
+        kept = op is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    stock = adapted_llama("lora")
+    fast = patch_model(twin(stock))
+    chosen = [torch.ops.aten.mm.default] if policy == "list" else choose
+    contexts = partial(create_selective_checkpoint_contexts, chosen)
+    found = []
+    for model in (stock, fast):
+        loss = checkpoint(lambda model=model: model(**BATCH).loss, use_reentrant=False, context_fn=contexts)
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert all(rel_err(found[1][name], want) < FLOAT64_REL for name, want in found[0].items())
+    assert "inside selective activation checkpointing" in patched(fast).report()
+
+
+def test_mutation_of_saved_tensors_runs_stock():
+    stock = adapted_llama("lora")
+    fast = patch_model(twin(stock))
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        assert_steps_agree(stock, fast, steps=2)
 
 
 # gradients of other kinds

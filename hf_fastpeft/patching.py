@@ -261,11 +261,13 @@ def restore(model: ModelT) -> ModelT:
         The model itself.
 
     Raises:
-        RuntimeError: somebody derived a class from ours since (``fully_shard``, a parametrization); nothing is
-            changed then.
+        RuntimeError: somebody derived a class from ours since (``fully_shard``, a parametrization), or a forward of
+            the model is running (a hook called this); nothing is changed then.
     """
     fast = [(path, module) for path, module in model.named_modules() if isinstance(module, FastModule)]
     _refuse_derived(fast)
+    if any(module._fastpeft.adapters.is_inside for _, module in fast):
+        raise RuntimeError("restore: a forward of this model is running; restore it between steps")
     for _, module in fast:
         for weights in _stacks_of(module):
             unstack_weights(weights)

@@ -86,7 +86,7 @@ def stack_weights(weights: Sequence[nn.Parameter]) -> bool:
     if len(weights) < 2 or any(not _movable(weight, first) for weight in weights):
         return False
     rows = [weight.shape[0] for weight in weights]
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         buffer = torch.cat([weight.data for weight in weights])
         parts = torch.split(buffer, rows)
         if not isinstance(buffer, FakeTensor):  # a trace has no memory that a saver could ask for
@@ -119,16 +119,21 @@ def _movable(weight: nn.Parameter, first: nn.Parameter) -> bool:
         and weight.device.type in DEVICES
         and weight.numel() > 0
         and weight.is_contiguous()
+        and not weight.is_inference()
         and not hasattr(weight, "ds_id")  # partitioned by DeepSpeed
         and (weight.dtype, weight.device, weight.shape[1]) == (first.dtype, first.device, first.shape[1])
     )
 
 
 def unstack_weights(weights: Iterable[nn.Parameter]) -> None:
-    """Give each weight that lies in a buffer memory outside of it again."""
-    for weight in weights:
-        if is_stacked(weight):
-            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    """Give each weight that lies in a buffer memory outside of it again; not where another tensor shares its storage.
+
+    That one would no longer follow the weight, which has a storage of its own in the buffer, too.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for weight in weights:
+            if is_stacked(weight) and not _is_aliased(weight):
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
 
 def owns_storage(weight: torch.Tensor) -> bool:

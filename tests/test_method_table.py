@@ -130,6 +130,8 @@ def two_steps(model, batch):
         assert {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()} >= trained
 
 
+# PEFT 0.21 hands prefixes over by the name that transformers 5.24 deprecates
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("weights", ["float", "4-bit", "8-bit"])
 @pytest.mark.parametrize("name", NAMES)
 def test_base_weights_and_merging(name, weights, base):

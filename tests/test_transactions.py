@@ -176,3 +176,53 @@ def test_parameters_can_be_swapped_while_patched():
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert_parity(stock, fast)
     assert hf_fastpeft.patched(fast).to_json()["blocks"]["mlp"]["calls_stock"] == {}
+
+
+def test_restore_inside_a_forward_is_refused():
+    """By a hook, before anything is changed; the forward goes on."""
+    stock = adapted_llama("lora", torch.float32)
+    model = patch_model(twin(stock))
+    told = []
+
+    def undo(module, args, out):
+        with pytest.raises(
+            RuntimeError, match="restore: a forward of this model is running; restore it between steps"
+        ):
+            restore(model)
+        told.append(True)
+
+    model.base_model.model.model.layers[0].register_forward_hook(undo)
+    assert_parity(stock, model, tol=1e-5)
+    assert told
+    assert is_patched(model)
+    assert not is_patched(restore(model))
+
+
+def test_patching_and_restoring_in_inference_mode_leaves_weights_that_train():
+    stock = adapted_llama("lora")
+    model = twin(stock)
+    for where in ("patch", "restore"):
+        with torch.inference_mode():
+            _ = patch_model(model) if where == "patch" else restore(model)
+        model.requires_grad_(True)
+        assert not any(p.is_inference() for p in model.parameters())
+        stock.requires_grad_(True)
+        assert_parity(stock, model)
+
+
+@pytest.mark.parametrize("alias", ["state dict", "numpy", "tie"])
+def test_aliases_taken_while_patched_go_on_after_restore(alias):
+    model = patch_model(tiny_llama())
+    first, second = (layer.self_attn.k_proj for layer in model.model.layers)
+    step(model, BATCH)
+    held = {
+        "state dict": lambda: model.state_dict()["model.layers.0.self_attn.k_proj.weight"],
+        "numpy": lambda: torch.from_numpy(first.weight.detach().numpy()),
+        "tie": lambda: second.weight,
+    }[alias]()
+    if alias == "tie":
+        second.weight.data = first.weight.data
+    restore(model)
+    with torch.no_grad():
+        first.weight.fill_(3.0)
+    assert (held == 3).all()

@@ -97,7 +97,7 @@ class SideCache:
     @contextmanager
     def forward(self, model: nn.Module | None = None) -> Iterator[None]:
         """Around a forward of ``model``: what was copied before is old inside."""
-        outer, self._thread.inside = self._inside, True
+        outer, self._thread.inside = self.is_inside, True
         if not outer:
             self.forwards += 1
             self._whole = model is None or not is_sharded(model)
@@ -110,7 +110,8 @@ class SideCache:
             self._thread.inside = outer
 
     @property
-    def _inside(self) -> bool:
+    def is_inside(self) -> bool:
+        """Whether a forward of the model runs in this thread."""
         return getattr(self._thread, "inside", False)
 
     def distrust(self) -> None:
@@ -125,7 +126,7 @@ class SideCache:
         """
         if torch.is_inference_mode_enabled():  # what is made here could not be refreshed
             return False
-        if self._inside:
+        if self.is_inside:
             return True
         if torch._C._current_graph_task_id() == -1:
             self._bare = True

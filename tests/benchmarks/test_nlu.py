@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, tiny_tokenizer
+from tiny import CACHE, VOCAB_SIZE, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
 from benchmarks import nlu, nlu_data, nlu_table, nlu_worker, report
@@ -59,7 +59,15 @@ def swept(method, best):
     return [{"phase": "sweep", "rate": r, "f1": float(r == best)} for r in METHODS[method].rates]
 
 
-@pytest.mark.parametrize("method", METHODS)
+PREFIX = pytest.param(
+    "prefix",
+    marks=pytest.mark.skipif(
+        CACHE == "cache", reason="PEFT 0.21 finds no cache by its old name in the classifiers of transformers 5.24"
+    ),
+)
+
+
+@pytest.mark.parametrize("method", [PREFIX if name == "prefix" else name for name in METHODS])
 def test_each_method_trains_and_is_scored(method, files, settings):
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
@@ -78,7 +86,7 @@ def test_each_method_trains_and_is_scored(method, files, settings):
     assert (first["trainable"] == 0) == (method == "head")
 
 
-@pytest.mark.parametrize("method", ["full", "head", "lora-r8", "sora", "prefix"])
+@pytest.mark.parametrize("method", ["full", "head", "lora-r8", "sora", PREFIX])
 def test_the_head_steps_at_its_own_rate(method, files, settings, monkeypatch):
     seen = {}
 

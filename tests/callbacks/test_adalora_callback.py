@@ -330,6 +330,7 @@ def test_trl_on_a_quantised_model_ends_at_the_target(tmp_path, name, bits):
     assert sum(t.shape[0] for key, t in written.items() if "lora_A" in key) == 8
 
 
+@pytest.mark.usefixtures("transformers_takes_peft")
 def test_a_transformers_model_with_add_adapter(tmp_path):
     for make in (svd, adaptive):
         model = tiny_llama()

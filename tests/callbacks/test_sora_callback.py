@@ -524,6 +524,7 @@ def test_only_active_adapters_are_pruned(tmp_path):
     assert all(kept == total for kept, total in kept_ranks(model, "idle").values())
 
 
+@pytest.mark.usefixtures("transformers_takes_peft")
 def test_prunes_a_transformers_model_with_add_adapter(tmp_path):
     model = tiny_llama()
     model.add_adapter(SoraConfig(r=4, target_modules=["q_proj", "down_proj"], target_r=1, warmup_ratio=0))

@@ -258,9 +258,8 @@ def test_load_adapter_of_this_package(method, tmp_path):
     assert torch.equal(logits(load_adapter(tmp_path / "adapter")), logits(model))
 
 
-def test_transformers_adapter_api(method, tmp_path, monkeypatch):
-    # transformers 5.24 asks for PEFT 0.22, which is not released; it needs nothing of it here
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+@pytest.mark.usefixtures("transformers_takes_peft")
+def test_transformers_adapter_api(method, tmp_path):
     model = adapted(method)
     model.save_pretrained(tmp_path / "a")
     loaded = tiny_llama()

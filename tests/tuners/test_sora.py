@@ -387,6 +387,7 @@ def test_reload_is_exact(tmp_path, low_cpu_mem_usage, dtype):
     assert all(layer.lora_A["default"].gate.weight.dtype == torch.float32 for layer in sora_layers(loaded))
 
 
+@pytest.mark.usefixtures("transformers_takes_peft")
 def test_transformers_load_and_save(tmp_path):
     model = sora_model()
     model.save_pretrained(tmp_path / "a")

@@ -358,6 +358,8 @@ def write(twins: Twins, rng: Random) -> str | None:
     if not names:
         return None
 
+    gc.collect()  # swap_tensors refuses what a graph in some cycle still holds
+
     @torch.no_grad()
     def change(model: Any) -> None:
         g, named = torch.Generator().manual_seed(seed), dict(model.named_parameters())

@@ -221,7 +221,9 @@ def autocast(model: Any, batch: Batch, rng: Random) -> Any:
 
 @view
 def functional(model: Any, batch: Batch, rng: Random) -> Any:
-    """Other values for some parameters, for this call."""
+    """Other values for some parameters, for this call; a recomputation after it would find the old ones."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return None
     named = dict(model.named_parameters())
     names = rng.sample(sorted(named), 4)
     values = {name: (named[name].detach() * 1.1).requires_grad_() for name in names}

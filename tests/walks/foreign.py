@@ -5,6 +5,8 @@ from random import Random
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -98,8 +100,37 @@ def hook_that_writes(twins: Twins, rng: Random) -> str | None:
 
 
 @step
+def hook_on_gradients(twins: Twins, rng: Random) -> str | None:
+    """Gradients scaled on their way, or an optimizer that steps inside the backward."""
+    names, steps_inside = parameters(twins, rng, "lora_", "norm", "proj", count=3), rng.random() < 0.5
+
+    def scaled(g: torch.Tensor) -> torch.Tensor:
+        return g * 0.5
+
+    @torch.no_grad()
+    def step_inside(p: torch.Tensor) -> None:
+        p.add_(p.grad.nan_to_num(), alpha=-0.01)  # type: ignore[union-attr]
+
+    def attach(model: Any) -> None:
+        named = dict(model.named_parameters())
+        for p in [named[name] for name in names if named[name].requires_grad]:
+            hook = p.register_post_accumulate_grad_hook(step_inside) if steps_inside else p.register_hook(scaled)
+            twins.handles.append(hook)
+
+    twins.both(attach, what="hook on gradients")
+    return f"{'steps' if steps_inside else 'scales'} {names}"
+
+
+@step
+def global_hook(twins: Twins, rng: Random) -> str | None:
+    twins.handles.append(nn.modules.module.register_module_forward_hook(Hook()))
+    return "reads"
+
+
+@step
 def remove_hooks(twins: Twins, rng: Random) -> str | None:
-    found = 0
+    found = len(twins.handles)
+    twins.remove_handles()
     for model in twins.models:
         for module in model.modules():
             for name in HOOKS:
@@ -109,7 +140,7 @@ def remove_hooks(twins: Twins, rng: Random) -> str | None:
                     found += 1
             if not module._backward_hooks and not module._backward_pre_hooks:
                 module._is_full_backward_hook = None
-    return f"{found // 2}" if found else None
+    return "all" if found else None
 
 
 @step
@@ -192,6 +223,22 @@ def tie(twins: Twins, rng: Random) -> str | None:
 
     twins.both(change, what="tie")
     return "tied" if tied else "untied"
+
+
+@step
+def hotswap(twins: Twins, rng: Random) -> str | None:
+    """Other values for an adapter, by PEFT's own utility."""
+    if not twins.is_peft or twins.method == "adalora":
+        return None
+    name, factor = rng.choice(twins.names), rng.choice([0.5, 1.5])
+
+    def swap(model: Any) -> None:
+        state = get_peft_model_state_dict(model, adapter_name=name)
+        state = {key: tensor * factor for key, tensor in state.items()}
+        hotswap_adapter_from_state_dict(model, state, name, model.peft_config[name])
+
+    twins.both(swap, what="hotswap")
+    return f"{name} times {factor}"
 
 
 @step

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from walks.twins import Twins, base_of, config_of, fill, fill_and_wrap, patch, unpatch
+from walks.twins import Twins, base_of, config_of, fill, fill_and_wrap
+
+from hf_fastpeft import patch_model, restore
 
 Step = Callable[[Twins, Random], str | None]
 STEPS: dict[str, Step] = {}
@@ -283,12 +285,12 @@ def deep_copy(twins: Twins, rng: Random) -> str | None:
 def restore_and_patch(twins: Twins, rng: Random) -> str | None:
     stay = rng.random() < 0.2
     if twins.patched:
-        unpatch(twins.fast)
+        restore(twins.fast)
         twins.patched = False
         if stay:
             return "restored only"
     options = rng.choice([{}, {}, {"routing": False}, {"impl": "torch"}])
-    patch(twins.fast, **options)
+    patch_model(twins.fast, **options)
     twins.patched = True
     return f"patched again {options or ''}"
 

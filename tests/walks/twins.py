@@ -23,12 +23,10 @@ from test_head import loss_in_float64
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-import hf_fastpeft
 from hf_fastpeft import SoraConfig, causal_lm, patch_model
 from hf_fastpeft.layers import FastRMSNorm
 from hf_fastpeft.ops.rms_norm import rms_norm_torch
-from hf_fastpeft.patching import FAMILIES as PATCHES
-from hf_fastpeft.patching import Patched, _load_family
+from hf_fastpeft.families import FAMILIES as PATCHES
 
 FAMILIES = ["gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"]
 METHODS = ["adalora", "dora", "lora", "sora"]
@@ -56,19 +54,6 @@ class Outcome:
         return "no error" if self.error is None else "".join(traceback.format_exception(self.error))
 
 
-def patch(model: nn.Module, **options: Any) -> None:
-    """``patch_model``, whatever it returns."""
-    patch_model(model, **options)
-
-
-def unpatch(model: nn.Module) -> None:
-    """Undo :func:`patch` without its result."""
-    if hasattr(hf_fastpeft, "restore"):
-        hf_fastpeft.restore(model)
-    else:
-        Patched(model, _load_family(model), "auto").restore()
-
-
 def base_of(model: nn.Module) -> Any:
     """The transformers model."""
     return model.base_model.model if isinstance(model, PeftModel) else model  # get_base_model() wants its adapter
@@ -94,6 +79,15 @@ def config_of(method: str, family: str, rng: Random, **settings: Any) -> Any:
         return SoraConfig(r=rank + 1, gate_scale=rng.choice([1.0, 5.0]), **common)
     if method == "lora":
         common["lora_bias"] = rng.random() < 0.2
+    if method in ("lora", "dora"):
+        common["bias"] = rng.choice(["none"] * 4 + ["all", "lora_only"])
+    if rng.random() < 0.2:
+        more = {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm", "input_layernorm"]}
+        some = {"layers_to_transform": [1]}, {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 3}}
+        heads = {"target_modules": [*targets, "lm_head"]}, {"target_modules": [*targets, "embed_tokens"]}
+        chosen = rng.choice([*more, *some, *heads])
+        if method != "adalora" or "modules_to_save" in chosen:
+            common.update(chosen)
     return LoraConfig(r=rank, use_rslora=rng.random() < 0.3, use_dora=method == "dora", **common)
 
 
@@ -155,6 +149,7 @@ class Twins:
         adapters: number of adapters added so far; each gets its own name.
         optimizers: kept ones, of both.
         saved: state dicts of both, taken earlier.
+        handles: of hooks on parameters, and of global ones.
     """
 
     def __init__(self, family: str, method: str, rng: Random, folder: Path) -> None:
@@ -162,7 +157,7 @@ class Twins:
         self.adapters, self.patched = 1, True
         self.optimizers: list[Any] = []
         self.saved: list[dict[str, torch.Tensor]] = []
-        self.snapshot_keys: set[str] = set()
+        self.handles: list[Any] = []
         self.draws = 0
         overrides = {"tie_word_embeddings": rng.random() < 0.3}
         if family in ("llama", "qwen3"):
@@ -172,11 +167,11 @@ class Twins:
         before = rng.random() < 0.3
         fast = twin(stock)
         if before:
-            patch(fast)
+            patch_model(fast)
         self.models: list[Any] = [stock, fast]
         self.both(lambda model: fill_and_wrap(model, first, rng_seed=1), replace=True)
         if not before:
-            patch(self.models[1])
+            patch_model(self.models[1])
         for model in self.models:
             model.train()
 
@@ -242,6 +237,11 @@ class Twins:
             if not any(advice in str(w.message) for advice in ADVICE)
         }
         return outcome
+
+    def remove_handles(self) -> None:
+        """Take hooks on parameters and global ones away."""
+        while self.handles:
+            self.handles.pop().remove()
 
     def compare(self, want: Any, got: Any, what: str, floor: float = 0.0) -> None:
         """Raise where two values differ by more than the order of additions."""

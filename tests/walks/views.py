@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from random import Random
+from threading import Thread
 from typing import Any
 
 import torch
+from peft.helpers import rescale_adapter_scale
 from tiny import VOCAB_SIZE
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -216,6 +218,49 @@ def inside_checkpoint(model: Any, batch: Batch, rng: Random) -> Any:
 def autocast(model: Any, batch: Batch, rng: Random) -> Any:
     """Which leaves float64 alone."""
     with torch.autocast("cpu", torch.bfloat16, enabled=next(model.parameters()).dtype == torch.float64):
+        return train(model, batch, rng)
+
+
+@view
+def saved_on_the_cpu(model: Any, batch: Batch, rng: Random) -> Any:
+    """What the graph keeps goes through somebody's hooks: copied away and back."""
+    with torch.autograd.graph.save_on_cpu():
+        return train(model, batch, rng)
+
+
+@view
+def in_a_thread(model: Any, batch: Batch, rng: Random) -> Any:
+    found: list[Any] = []
+
+    def run() -> None:
+        torch.manual_seed(5)
+        try:
+            found.append(train(model, batch, rng))
+        except Exception as error:  # raised below
+            found.append(error)
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+@view
+def without_the_wrapper(model: Any, batch: Batch, rng: Random) -> Any:
+    """The transformers model inside, called by itself."""
+    model.zero_grad()
+    out = base_of(model)(**batch)
+    out.loss.backward()
+    return {"loss": out.loss, "gradients": gradients(model)}
+
+
+@view
+def adapters_rescaled(model: Any, batch: Batch, rng: Random) -> Any:
+    if not hasattr(model, "peft_config"):
+        return None
+    with rescale_adapter_scale(model, 0.5):
         return train(model, batch, rng)
 
 

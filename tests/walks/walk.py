@@ -65,8 +65,8 @@ def walk(
     weighted = [name for name in STEPS for _ in range(RARE.get(name, 1))]
     views = [*VIEWS, SECOND]
     with tempfile.TemporaryDirectory() as folder, float64_is_exact(done.family):
+        twins = Twins(done.family, done.method, Random(f"{seed} twins"), Path(folder))
         try:
-            twins = Twins(done.family, done.method, Random(f"{seed} twins"), Path(folder))
             _look(twins, Random(f"{seed} first"), "train")
             for index in range(10 * length):
                 name, seen, tag = rng.choice(weighted), rng.choice(views), f"{seed}:{index}"
@@ -87,6 +87,8 @@ def walk(
                     break
         except Difference as difference:
             done.failed = str(difference)
+        finally:
+            twins.remove_handles()
     return done
 
 

@@ -42,10 +42,10 @@ class Hook:
             self.act(self)
 
 
-def writes(model: nn.Module) -> bool:
+def writes(twins: Twins) -> bool:
     """Whether a hook of ours writes to parameters."""
-    hooks = (hook for m in model.modules() for name in HOOKS for hook in m.__dict__[name].values())
-    return any(isinstance(hook, Hook) and hook.act is not None for hook in hooks)
+    hooks = (hook for m in twins.stock.modules() for name in HOOKS for hook in m.__dict__[name].values())
+    return twins.steps_inside or any(isinstance(hook, Hook) and hook.act is not None for hook in hooks)
 
 
 def _hookable(twins: Twins, rng: Random) -> str:
@@ -117,6 +117,7 @@ def hook_on_gradients(twins: Twins, rng: Random) -> str | None:
             hook = p.register_post_accumulate_grad_hook(step_inside) if steps_inside else p.register_hook(scaled)
             twins.handles.append(hook)
 
+    twins.steps_inside |= steps_inside
     twins.both(attach, what="hook on gradients")
     return f"{'steps' if steps_inside else 'scales'} {names}"
 
@@ -174,7 +175,15 @@ def replace_module(twins: Twins, rng: Random) -> str | None:
         else:
             base_of(model).model.norm = copy.deepcopy(base_of(model).model.norm)
 
-    kinds = ("copy of", "activation", "layers swapped", "new head", "no norm", "wrapped down_proj", "copy of last norm")
+    kinds = (
+        "copy of",
+        "activation",
+        "layers swapped",
+        "new head",
+        "no norm",
+        "wrapped down_proj",
+        "copy of last norm",
+    )
     twins.both(replace, what=f"replace: {kinds[kind]}")
     return f"{kinds[kind]} {name if kind == 0 else ''} in layer {layer}"
 

@@ -356,7 +356,11 @@ WRITES: dict[str, Callable[[nn.Parameter, torch.Tensor], Any]] = {
 @step
 def write(twins: Twins, rng: Random) -> str | None:
     kinds = rng.choice([("lora_",), ("lora_B", "lora_E"), ("norm",), ("proj",), ("embed", "lm_head"), ("bias",), ()])
-    names, how, seed = parameters(twins, rng, *kinds, count=rng.randint(1, 4)), rng.choice([*WRITES]), rng.randrange(99)
+    names, how, seed = (
+        parameters(twins, rng, *kinds, count=rng.randint(1, 4)),
+        rng.choice([*WRITES]),
+        rng.randrange(99),
+    )
     if not names:
         return None
 

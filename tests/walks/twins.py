@@ -24,9 +24,9 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_fastpeft import SoraConfig, causal_lm, patch_model
+from hf_fastpeft.families import FAMILIES as PATCHES
 from hf_fastpeft.layers import FastRMSNorm
 from hf_fastpeft.ops.rms_norm import rms_norm_torch
-from hf_fastpeft.families import FAMILIES as PATCHES
 
 FAMILIES = ["gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"]
 METHODS = ["adalora", "dora", "lora", "sora"]
@@ -147,6 +147,7 @@ class Twins:
         models: stock and patched.
         patched: whether the second is patched now.
         adapters: number of adapters added so far; each gets its own name.
+        steps_inside: whether an optimizer steps inside the backward.
         optimizers: kept ones, of both.
         saved: state dicts of both, taken earlier.
         handles: of hooks on parameters, and of global ones.
@@ -154,7 +155,7 @@ class Twins:
 
     def __init__(self, family: str, method: str, rng: Random, folder: Path) -> None:
         self.family, self.method, self.folder = family, method, folder
-        self.adapters, self.patched = 1, True
+        self.adapters, self.patched, self.steps_inside = 1, True, False
         self.optimizers: list[Any] = []
         self.saved: list[dict[str, torch.Tensor]] = []
         self.handles: list[Any] = []
@@ -240,6 +241,7 @@ class Twins:
 
     def remove_handles(self) -> None:
         """Take hooks on parameters and global ones away."""
+        self.steps_inside = False
         while self.handles:
             self.handles.pop().remove()
 

@@ -19,7 +19,8 @@ __all__ = ["LENGTH", "Walk", "foreign", "saving", "shrink", "walk"]
 
 LENGTH = 30  # steps that did something
 SECOND = "second_derivative"
-OVERLAPPING = ("two_forwards_one_backward", "inside_checkpoint")  # stock's gradients mix values that hooks overwrote
+# what stock's gradients are here, where hooks write to parameters in between, depends on what it saves
+OVERLAPPING = ("two_forwards_one_backward", "inside_checkpoint", "two_backwards")
 RARE = {"save_and_load": 2, "optimize": 2, "write": 2, "hook_that_writes": 2, "all_train": 2, "add_adapter": 2}
 
 
@@ -81,7 +82,7 @@ def walk(
                 done.steps[index] = f"{name} ({what}); {seen}"
                 twins.compare_state(name)
                 for look in dict.fromkeys([seen, "train"]):
-                    if look not in avoid and not (look in OVERLAPPING and foreign.writes(twins.stock)):
+                    if look not in avoid and not (look in OVERLAPPING and foreign.writes(twins)):
                         _look(twins, Random(f"{tag} {look}"), look)
                 if len(done.steps) == length:
                     break

@@ -32,8 +32,8 @@ FAMILIES = ["gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"]
 METHODS = ["adalora", "dora", "lora", "sora"]
 # Float32 is passed through only: rounding errors of both sides, not what a stale or missing term would make of it.
 FLOAT32_REL = 1e-3
-# what a patched model says once a process of a method that is used without its callback
-ADVICE = ("ranks are not being allocated", "gates are not being pruned")
+# what a patched model says: of a method that is used without its callback, of logits that cost a second forward
+ADVICE = ("ranks are not being allocated", "gates are not being pruned", "step that left positions out was read")
 NOISE = 1e-4  # a gradient this much smaller than all of them together is judged as if it were this large
 
 

@@ -83,8 +83,9 @@ def logits_in_the_loss(model: Any, batch: Batch, rng: Random) -> Any:
 
 @view
 def logits_after_backward(model: Any, batch: Batch, rng: Random) -> Any:
+    """Of a caller that gives no ``num_items_in_batch``: after a Trainer's they are refused."""
     model.zero_grad()
-    out = model(**batch)
+    out = model(**{name: value for name, value in batch.items() if name != "num_items_in_batch"})
     out.loss.backward()
     return {"logits": out.logits, "gradients": gradients(model)}
 

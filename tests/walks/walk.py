@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from walks import foreign, saving  # their steps
+from walks import foreign, saving, training  # their steps
 from walks.steps import STEPS
 from walks.twins import FAMILIES, METHODS, Difference, Twins, float64_is_exact
 from walks.views import VIEWS, draw_batch, second_derivative
 
-__all__ = ["LENGTH", "Walk", "foreign", "saving", "shrink", "walk"]
+__all__ = ["LENGTH", "Walk", "foreign", "saving", "shrink", "training", "walk"]
 
 LENGTH = 30  # steps that did something
 SECOND = "second_derivative"

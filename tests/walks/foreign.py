@@ -1,6 +1,7 @@
 """Changes of state by other code: hooks, replaced modules, tied and resized embeddings, other attention functions."""
 
 import copy
+import re
 from random import Random
 from typing import Any
 
@@ -17,6 +18,11 @@ from walks.views import LOWEST_VOCAB
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 IN_PLACE = "walks_in_place"
+LAYERS = 2
+OUTSIDE = {"embed_tokens": (-1, 0), "rotary_emb": (-1, 0), "lm_head": (LAYERS, 0), ".norm": (LAYERS, 0)}
+# of a layer's modules, in which order a forward comes to them; the first whose name is in a path counts
+ORDER = {"input_layernorm": 0, "o_proj": 2, "self_attn": 1, "post_attention": 3, "pre_feedforward": 4}
+ORDER |= {"act_fn": 6, "activation_fn": 6, "down_proj": 7, "post_feedforward": 8, "mlp": 5}
 
 
 def _in_place(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +64,19 @@ def _attach(module: nn.Module, kind: str, hook: Hook) -> None:
     getattr(module, f"register_{kind}")(hook)
 
 
+def _place(path: str, *, after: bool = False) -> tuple[int, int]:
+    """When a forward comes to a module, or leaves it: the layer, the place in it."""
+    layer = re.search(r"layers\.(\d+)", path)
+    if layer is None:
+        leaf = next((place for name, place in OUTSIDE.items() if name in path), None)
+        return leaf or ((LAYERS, 0) if after else (-1, 0))
+    if after and path.endswith(layer[0]):
+        return int(layer[1]), len(ORDER)
+    if after and path.endswith(("self_attn", "mlp")):
+        return int(layer[1]), ORDER["o_proj" if path.endswith("self_attn") else "down_proj"]
+    return int(layer[1]), next((place for name, place in ORDER.items() if name in path), -1)
+
+
 @step
 def hook_that_reads(twins: Twins, rng: Random) -> str | None:
     kinds = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
@@ -68,16 +87,17 @@ def hook_that_reads(twins: Twins, rng: Random) -> str | None:
 
 @step
 def hook_that_writes(twins: Twins, rng: Random) -> str | None:
-    """Every forward gives an adapter other values, from inside some module's forward."""
-    layers = sorted(adapted(twins.stock))
-    if not layers:
-        return None
+    """Every forward gives an adapter other values, from inside some module's forward.
+
+    It is one that comes later: what stock's backward makes of one that was used before depends on what it saves.
+    """
     path, kind = _hookable(twins, rng), rng.choice(["forward_hook", "forward_pre_hook"])
-    if "lora_" in path or "base_layer" in path:
-        path = path.split(".lora_")[0].split(".base_layer")[0]
-    targets = [name for name, _ in twins.stock.named_parameters() if ".lora_B" in name]
-    later = [name for name in targets if ".layers.1." in name] or targets
-    target = rng.choice(later if rng.random() < 0.7 else targets)
+    path = path.split(".lora_")[0].split(".base_layer")[0]
+    place = _place(path, after=kind == "forward_hook")
+    targets = [name for name, _ in twins.stock.named_parameters() if ".lora_B" in name and _place(name) > place]
+    if not targets:
+        return None
+    target = rng.choice(targets)
     silent = rng.random() < 0.4
 
     def attach(model: Any) -> None:

@@ -9,10 +9,11 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from walks.steps import adapted, owner_of, parameters, step
+from walks.steps import owner_of, parameters, step
 from walks.twins import Twins, base_of
 from walks.views import LOWEST_VOCAB
 
@@ -123,6 +124,8 @@ def hook_that_writes(twins: Twins, rng: Random) -> str | None:
 def hook_on_gradients(twins: Twins, rng: Random) -> str | None:
     """Gradients scaled on their way, or an optimizer that steps inside the backward."""
     names, steps_inside = parameters(twins, rng, "lora_", "norm", "proj", count=3), rng.random() < 0.5
+    if steps_inside and twins.method == "adalora":  # whose gradients come in two parts: with its penalty's two steps
+        names = [name for name in names if ".lora_" not in name]
 
     def scaled(g: torch.Tensor) -> torch.Tensor:
         return g * 0.5
@@ -229,6 +232,40 @@ def replace_parameter(twins: Twins, rng: Random) -> str | None:
 
     twins.both(replace, what="replace parameter")
     return str(names)
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+
+@step
+def weight_by_other_code(twins: Twins, rng: Random) -> str | None:
+    """A linear whose weight is computed: parametrized, or pruned by a hook; or no more."""
+    linears = [path for path, m in twins.stock.named_modules() if isinstance(m, nn.Linear) and ".layers." in path]
+    path, pruned = rng.choice(linears), rng.random() < 0.5
+
+    def change(model: Any) -> str:
+        linear = model.get_submodule(path)
+        if parametrize.is_parametrized(linear):
+            parametrize.remove_parametrizations(linear, "weight")
+            return "parametrization removed"
+        if prune.is_pruned(linear):
+            prune.remove(linear, "weight")
+            return "pruned for good"
+        if pruned:
+            prune.l1_unstructured(linear, "weight", 0.3)
+        else:
+            parametrize.register_parametrization(linear, "weight", Doubled())
+        return "pruned" if pruned else "parametrized"
+
+    done = twins.both(change, what="weight by other code")
+    return f"{path} {done[0] if done else 'refused by both'}"
 
 
 @step

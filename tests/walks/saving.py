@@ -103,6 +103,15 @@ def save_and_load(twins: Twins, rng: Random) -> str | None:
     twins.both(change, what="change")
     read = folders if rng.random() < 0.5 else folders[::-1]
     twins.both(lambda model: str(load(model, read[0 if model is twins.stock else 1])), what=f"load by {saver}")
+    if saver == "save_pretrained" and len(twins.names) < 4:
+        name, trainable = f"a{twins.adapters}", rng.random() < 0.5
+        twins.adapters += 1
+
+        def add(model: Any) -> None:
+            model.load_adapter(str(read[0 if model is twins.stock else 1]), name, is_trainable=trainable)
+
+        twins.both(add, what="load_adapter")
+        return f"{saver}, loaded as {name}, too"
     return saver
 
 

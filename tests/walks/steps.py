@@ -145,7 +145,8 @@ def scale(twins: Twins, rng: Random) -> str | None:
     if not twins.names:
         return None
     name, how, value = rng.choice(twins.names), rng.randrange(4), rng.choice([0.0, 0.5, 1.7])
-    paths = rng.sample(sorted(adapted(twins.stock)), 2)
+    layers = sorted(adapted(twins.stock))
+    paths = rng.sample(layers, min(len(layers), 2))
 
     def change(model: Any) -> None:
         for path in paths:

@@ -257,7 +257,7 @@ class Twins:
             sizes = [t.detach().double().norm().square() for t in want.values() if _is_float(t)]
             whole = float(torch.stack(sizes).sum().sqrt().nan_to_num()) if sizes else 0.0
             for key in want:
-                self.compare(want[key], got[key], f"{what} {key}", NOISE * whole)
+                self.compare(want[key], got[key], f"{what} {key}", NOISE * max(whole, 1e-3))
         elif isinstance(want, (list, tuple)):
             if len(want) != len(got):
                 raise Difference(f"{what}: {len(want)} values, patched {len(got)}")

@@ -19,8 +19,9 @@ __all__ = ["LENGTH", "Walk", "foreign", "saving", "shrink", "training", "walk"]
 
 LENGTH = 30  # steps that did something
 SECOND = "second_derivative"
-# what stock's gradients are here, where hooks write to parameters in between, depends on what it saves
-OVERLAPPING = ("two_forwards_one_backward", "inside_checkpoint", "two_backwards")
+# left out where hooks write to parameters: what stock's gradients then are depends on what it saves, and a second
+# derivative that is refused leaves the parameters of one twin where they were
+OVERLAPPING = ("two_forwards_one_backward", "inside_checkpoint", "two_backwards", SECOND)
 RARE = {"save_and_load": 2, "optimize": 2, "write": 2, "hook_that_writes": 2, "all_train": 2, "add_adapter": 2}
 
 

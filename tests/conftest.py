@@ -56,6 +56,8 @@ MATRIX_REPORTS = []  # in the order in which the tests ran
 
 def pytest_addoption(parser):
     parser.addoption("--matrix", action="store_true", help="end with the table of tests/tuners/test_matrix.py")
+    parser.addoption("--walks", type=int, default=24, help="number of random walks in tests/test_walk.py")
+    parser.addoption("--walk", help="one walk again: its seed, or seed:step,step,... for some of its steps")
 
 
 def pytest_runtest_logreport(report):

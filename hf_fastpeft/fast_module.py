@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -96,6 +97,20 @@ class Site:
     @torch.compiler.assume_constant_result
     def _fall_back_traced(self, block: str, reason: str) -> None:
         self.stock[block, reason] += 1
+
+
+def _mode_obstacle() -> str | None:
+    """What goes on around this call that the blocks do not go along with."""
+    if torch._C._is_tracing():
+        return "inside torch.jit.trace"
+    if not torch._C._len_torch_dispatch_stack():
+        return None
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__module__ in MODES:
+            return f"inside {MODES[type(mode).__module__]}"
+        if isinstance(mode, FakeTensorMode) and mode.allow_non_fake_inputs:
+            return "inside a FakeTensorMode over real weights"
+    return None
 
 
 def _new_instance(module: str, name: str) -> "FastModule":
@@ -204,8 +219,4 @@ class FastModule(nn.Module):
             return "global module hooks"
         if not torch.is_grad_enabled() and not self.training:
             return INFERENCE
-        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
-            for mode in _get_current_dispatch_mode_stack():
-                if type(mode).__module__ in MODES:
-                    return f"inside {MODES[type(mode).__module__]}"
-        return None
+        return None if torch.compiler.is_compiling() else _mode_obstacle()

@@ -46,6 +46,11 @@ def _harmless(hooks: dict[int, Any]) -> bool:
     return all(str(getattr(hook, "__module__", "")).startswith(HARMLESS_HOOKS) for hook in hooks.values())
 
 
+def _of_known_packages(hooks: dict[int, Any]) -> bool:
+    """By where the hook, or its class, is defined: ``enable_input_require_grads`` puts such a one on embeddings."""
+    return all(str(getattr(hook, "__module__", "")).startswith(KNOWN_PACKAGES) for hook in hooks.values())
+
+
 def foreign_code(children: list[nn.Module], watch: Watch) -> str | None:
     """Whose code runs in the midst of a forward over ``children`` and may write to what was read before; None without.
 
@@ -57,7 +62,7 @@ def foreign_code(children: list[nn.Module], watch: Watch) -> str | None:
         if any(taken):
             if "forward" in module.__dict__:
                 return f"{type(module).__name__} has a forward of its own"
-            if not all(_harmless(module.__dict__[name]) for name in FORWARD_HOOKS):
+            if not all(_of_known_packages(module.__dict__[name]) for name in FORWARD_HOOKS):
                 return f"hooks on {type(module).__name__}"
         if not watch.kind(module).__module__.startswith(KNOWN_PACKAGES):
             return f"{type(module).__name__} of {type(module).__module__}"

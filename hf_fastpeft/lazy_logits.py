@@ -14,9 +14,11 @@ from torch import nn
 from hf_fastpeft.blocks.lm_head import HeadOptions
 from hf_fastpeft.blocks.projection import Draw
 from hf_fastpeft.fast_module import FastModule
+from hf_fastpeft.hooks import foreign_code
 from hf_fastpeft.lazy_output import LazyLogits
 from hf_fastpeft.lowrank import compute_dtype
 from hf_fastpeft.routing import Routing
+from hf_fastpeft.watch import Watch
 
 __all__ = ["SecondForward", "lazy_logits"]
 
@@ -66,6 +68,8 @@ class SecondForward:
             raise RuntimeError(f"{LEFT_OUT}a backward has run since{READ_EARLIER}")
         if self._now() != self._state:
             raise RuntimeError(f"{LEFT_OUT}adapters, weights or inputs have changed since{READ_EARLIER}")
+        if reason := foreign_code(list(self.backbone.children()), Watch()):
+            raise RuntimeError(f"{LEFT_OUT}{reason}, which would run once more; patch_model(routing=False) keeps all")
         self.routing.warn_of_second_forward()
         with self.draw, torch.enable_grad(), torch.autocast(*self.autocast):
             hidden_BSH: torch.Tensor = self.backbone(*self.args, **self.kwargs).last_hidden_state

@@ -8,6 +8,7 @@ import torch
 from adapters import adapted_llama, assert_parity, step, token_batch, twin
 from numerics import FLOAT64_REL, rel_err
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
@@ -248,3 +249,27 @@ def test_forward_mode_over_an_adapters_weight():
             layer.weight = forward_ad.make_dual(weight.detach(), torch.ones_like(weight))
             found.append(forward_ad.unpack_dual(model(BATCH["input_ids"], labels=BATCH["labels"]).loss).tangent)
     assert rel_err(found[1], found[0]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("training", [False, True])
+def test_traces_are_stocks(training):
+    class Logits(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    stock = adapted_llama("lora", torch.float32).get_base_model().requires_grad_(False).train(training)
+    fast = patch_model(twin(stock))
+    traced = [torch.jit.trace(Logits(m), (BATCH["input_ids"],), check_trace=False) for m in (stock, fast)]
+    assert torch.equal(*(trace(BATCH["input_ids"]) for trace in traced))
+
+
+def test_fake_tensors_over_real_weights():
+    """As tools that estimate memory use them."""
+    model = patch_model(adapted_llama("lora", torch.float32))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(**BATCH).logits.shape == (3, 17, 128)

@@ -11,6 +11,7 @@ from test_no_sync import Waits
 from test_trl import assert_same_run, dpo, sft
 from tiny import CACHE, VOCAB_SIZE, tiny_llama
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_fastpeft import FastPeftCallback, causal_lm, layers, patch_model, patched
 from hf_fastpeft.causal_lm import CALLER
@@ -405,7 +406,9 @@ def test_logits_of_a_routed_step_are_stocks(monkeypatch):
 def test_logits_with_random_numbers_are_stocks():
     """Attention's dropout and noise on the embeddings (NEFTune) are drawn as in the forward; nothing moves on."""
     stock = adapted_llama("lora", torch.float32, attn_implementation="eager", attention_dropout=0.2)
-    causal(stock).model.embed_tokens.register_forward_hook(lambda m, args, out: out + 0.1 * torch.rand_like(out))
+    embedding = causal(stock).model.embed_tokens
+    embedding.neftune_noise_alpha = 5.0
+    embedding.register_forward_hook(neftune_post_forward_hook)
     fast = twin(stock)
     patch_model(fast)
     batch, runs = padded(RIGHT), []
@@ -418,6 +421,16 @@ def test_logits_with_random_numbers_are_stocks():
     assert_routed(fast, batch)
     for got, want in zip(*runs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "rotary_emb"])
+def test_other_peoples_hooks_do_not_run_twice(where):
+    """One that counts would give the second forward other states."""
+    model = patch_model(adapted_llama("lora", torch.float32))
+    getattr(causal(model).model, where).register_forward_hook(lambda m, args, out: None)
+    out = model(**padded(RIGHT))
+    with pytest.raises(RuntimeError, match=r"hooks on Llama|hooks on Embedding"):
+        _ = out.logits
 
 
 def test_logits_after_the_backward_of_a_routed_step_say_what_to_do():

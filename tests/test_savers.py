@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from adapters import adapted_llama, assert_parity, step, token_batch, twin
+from huggingface_hub import save_torch_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from tiny import tiny_llama
 
@@ -69,6 +70,14 @@ def distributed_checkpoint(model, folder):
     dcp.save(model.state_dict(), checkpoint_id=folder, no_dist=True)
 
 
+def hub_model(model, folder):
+    save_torch_model(model, folder, max_shard_size="40KB")
+
+
+def module_pickled(model, folder):
+    torch.save({n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}, folder / "linears.pt")
+
+
 def pretrained(model, folder):
     model.save_pretrained(folder)
 
@@ -86,6 +95,8 @@ SAVERS = {
         accelerate_state_pickled,
         distributed_checkpoint,
         pretrained,
+        hub_model,
+        module_pickled,
         pretrained_base,
         safetensors_model,
         safetensors_parameters,

@@ -291,8 +291,14 @@ def adapter_for_each_row(model: Any, batch: Batch, rng: Random) -> Any:
     if not hasattr(model, "peft_config"):
         return None
     names = [rng.choice([*model.peft_config, "__base__"]) for _ in batch["input_ids"]]
-    with mode(model, training=rng.random() < 0.1):
-        return model(**batch, adapter_names=names).logits
+    before = {module: {*module._forward_pre_hooks} for module in model.modules()}
+    try:
+        with mode(model, training=rng.random() < 0.1):
+            return model(**batch, adapter_names=names).logits
+    finally:  # PEFT 0.21 leaves its own where the forward raises, and every later forward then raises, too
+        for module, hooks in before.items():
+            for key in {*module._forward_pre_hooks} - hooks:
+                del module._forward_pre_hooks[key]
 
 
 @view

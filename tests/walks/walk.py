@@ -27,13 +27,15 @@ RARE = {"save_and_load": 2, "optimize": 2, "write": 2, "hook_that_writes": 2, "a
 
 @dataclass
 class Walk:
-    """What was walked, and the difference it ended with."""
+    """What was walked, the difference it ended with, how often it looked and how often both twins raised then."""
 
     seed: int
     family: str
     method: str
     steps: dict[int, str] = field(default_factory=dict)
     failed: str | None = None
+    looks: int = 0
+    refused: int = 0
 
     def told(self) -> str:
         """For people, with the command that walks it again."""
@@ -84,7 +86,8 @@ def walk(
                 twins.compare_state(name)
                 for look in dict.fromkeys([seen, "train"]):
                     if look not in avoid and not (look in OVERLAPPING and foreign.writes(twins)):
-                        _look(twins, Random(f"{tag} {look}"), look)
+                        done.looks += 1
+                        done.refused += not _look(twins, Random(f"{tag} {look}"), look)
                 if len(done.steps) == length:
                     break
         except Difference as difference:
@@ -94,12 +97,13 @@ def walk(
     return done
 
 
-def _look(twins: Twins, rng: Random, name: str) -> None:
+def _look(twins: Twins, rng: Random, name: str) -> bool:
+    """Compare what a view gives; False where both raised."""
     batch, tag = draw_batch(rng), rng.random()
     if name == SECOND:
         second_derivative(twins, batch)
-    else:
-        twins.both(lambda model: VIEWS[name](model, batch, Random(tag)), what=name)
+        return True
+    return twins.both(lambda model: VIEWS[name](model, batch, Random(tag)), what=name) is not None
 
 
 def shrink(found: Walk, **options: object) -> Walk:

@@ -11,7 +11,7 @@ from hf_fastpeft import lowrank
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.watch import Watch
 
-LLAMA_LORA = 13  # a walk that ends without a difference, see the first test
+LLAMA_LORA = (13, 37, 61, 85)  # walks that end without a difference, see the first test
 
 
 def pytest_generate_tests(metafunc):
@@ -71,7 +71,7 @@ def without_dropout(monkeypatch):
 @pytest.mark.parametrize("plant", [without_refresh, without_scaling, without_looking_again, without_dropout])
 def test_the_walk_notices_a_planted_fault(plant, monkeypatch):
     plant(monkeypatch)
-    assert walk(LLAMA_LORA).failed is not None
+    assert any(walk(seed).failed is not None for seed in LLAMA_LORA)
 
 
 def test_a_walk_is_told_with_the_command_that_walks_it_again():

@@ -132,7 +132,8 @@ def hook_on_gradients(twins: Twins, rng: Random) -> str | None:
 
     @torch.no_grad()
     def step_inside(p: torch.Tensor) -> None:
-        p.add_(p.grad.nan_to_num(), alpha=-0.01)  # type: ignore[union-attr]
+        if p.dtype == torch.float64 and p.grad is not None:  # the twins' roundings to float32 would add up
+            p.add_(p.grad.nan_to_num(), alpha=-0.01)
 
     def attach(model: Any) -> None:
         named = dict(model.named_parameters())

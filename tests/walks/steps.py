@@ -277,8 +277,6 @@ def deep_copy(twins: Twins, rng: Random) -> str | None:
 
     twins.optimizers.clear()
     twins.both(copied, what="deepcopy", replace=True)
-    if rng.random() < 0.5:
-        gc.collect()
     return "overwritten originals"
 
 
@@ -365,7 +363,8 @@ def write(twins: Twins, rng: Random) -> str | None:
     if not names:
         return None
 
-    gc.collect()  # swap_tensors refuses what a graph in some cycle still holds
+    if how == "swap_tensors":
+        gc.collect()  # it refuses what a graph in some cycle still holds
 
     @torch.no_grad()
     def change(model: Any) -> None:

@@ -88,6 +88,8 @@ def config_of(method: str, family: str, rng: Random, **settings: Any) -> Any:
         chosen = rng.choice([*more, *some, *heads])
         if method != "adalora" or "modules_to_save" in chosen:
             common.update(chosen)
+        if "embed_tokens" in common["target_modules"]:
+            common.pop("lora_bias", None)  # PEFT has none for embeddings
     return LoraConfig(r=rank, use_rslora=rng.random() < 0.3, use_dora=method == "dora", **common)
 
 
@@ -170,7 +172,8 @@ class Twins:
         if before:
             patch_model(fast)
         self.models: list[Any] = [stock, fast]
-        self.both(lambda model: fill_and_wrap(model, first, rng_seed=1), replace=True)
+        wrapped = self.both(lambda model: fill_and_wrap(model, first, rng_seed=1), replace=True)
+        assert wrapped is not None, f"PEFT refuses {first}"
         if not before:
             patch_model(self.models[1])
         for model in self.models:

@@ -49,7 +49,8 @@ def draw_batch(rng: Random) -> Batch:
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Of all parameters that have one; an empty one, of an adapter whose ranks are all cut, is as good as none."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.numel()}
 
 
 @contextmanager

@@ -32,6 +32,7 @@ __all__ = ["CACHE_NAMES", "FastAttention", "FastBackbone", "FastDecoderLayer", "
 
 FOREIGN = "foreign"  # what :meth:`FastBackbone._read` is asked for
 KNOWN_ATTENTION = ("torch.", "transformers.")  # modules of attention functions that write to nobody's parameters
+REFUSED = "arguments that stock refuses"
 DROPPED = "dropout inside torch.compile"
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 
@@ -65,6 +66,16 @@ def _restored(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+def _only_argument(module: FastModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The one tensor that the module is called with, by position or by stock's name for it; None otherwise."""
+    if len(args) == 1 and not kwargs:
+        (given,) = args
+    else:
+        stock: Any = module.stock_class()
+        given = kwargs.get([*signature(stock.forward).parameters][1]) if len(kwargs) == 1 and not args else None
+    return given if isinstance(given, torch.Tensor) else None
+
+
 class FastRMSNorm(FastModule):
     """RMSNorm in one kernel each way; keeps its input and one float a row."""
 
@@ -87,13 +98,14 @@ class FastRMSNorm(FastModule):
         self._fastpeft.fuse("rms_norm")
         return Norm(self.weight, getattr(self, self.eps_name), self.unit_offset)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not isinstance(self, FastRMSNorm):
-            return _restored(self, hidden_states)
-        reason = self._may_fuse() or self.obstacle("rms_norm")
-        if reason is not None:
-            self._fastpeft.fall_back("rms_norm", reason)
-            return super().forward(hidden_states)  # type: ignore[no-any-return]
+            return _restored(self, *args, **kwargs)
+        hidden_states = _only_argument(self, args, kwargs)
+        reason = REFUSED if hidden_states is None else self._may_fuse() or self.obstacle("rms_norm")
+        if hidden_states is None or reason is not None:
+            self._fastpeft.fall_back("rms_norm", str(reason))
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         weight, eps, unit_offset = self.parameters_of()
         run = compiled.rms_norm if torch.compiler.is_compiling() else rms_norm
         return run(hidden_states, weight, eps, unit_offset=unit_offset, impl=self._fastpeft.impl)
@@ -134,8 +146,14 @@ class FastMLP(FastModule):
         down = _read_stack(self, self.linears["mlp_down"], watch)
         return down if isinstance(down, str) else (stack, down)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.run(x) if isinstance(self, FastMLP) else _restored(self, x)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(self, FastMLP):
+            return _restored(self, *args, **kwargs)
+        x = _only_argument(self, args, kwargs)
+        if x is None:
+            self._fastpeft.fall_back("mlp", REFUSED)
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        return self.run(x)
 
     def run(self, h: torch.Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> torch.Tensor:
         """The module's output for ``norm(h)``, plus ``h`` where ``residual`` is asked for."""
@@ -301,7 +319,7 @@ class FastAttention(FastModule):
     def _argument_obstacle(self, given: dict[str, Any], count: int) -> str | None:
         """Why stock must make sense of these arguments: one is missing, given twice, or by a deprecated name."""
         if len(given) != count or given.get("hidden_states") is None:
-            return "arguments that stock refuses"
+            return REFUSED
         if given.get("position_embeddings") is None:
             return "no position embeddings"
         given.setdefault("attention_mask", None)

@@ -2,6 +2,7 @@
 whose arguments are not known, are left alone."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from hf_fastpeft import patch_model, patched
 pytestmark = [pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")]
 
 
+PARTS = ("mlp", "input_layernorm")
+
+
 def parts_of(model):
     backbone = model.get_base_model()
     backbone = getattr(backbone.model, "language_model", backbone.model)
@@ -28,6 +32,8 @@ def parts_of(model):
 def test_attention_layer_mlp_and_norm_called_by_hand(family, how):
     stock = adapted(family)
     fast = patch_model(twin(stock))
+    known = {part: inspect.signature(parts_of(stock)[1].get_submodule(part).forward) for part in PARTS}
+    names = {part: next(iter(signature.parameters)) for part, signature in known.items()}
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 5, stock.get_input_embeddings().weight.shape[1], generator=generator)
     positions = torch.arange(5)[None]
@@ -46,7 +52,13 @@ def test_attention_layer_mlp_and_norm_called_by_hand(family, how):
         else:
             outs = [attention(hidden, rotary, None, caches[0])[0]]
             outs.append(layer(hidden, **given, **{CACHE: caches[1]}))
-        outs += [layer.mlp(hidden), layer.input_layernorm(hidden), attention(hidden, rotary, None)[0]]
+        for part, name in names.items():
+            module = layer.get_submodule(part)
+            outs.append(module(**{name: hidden}) if how == "by name" else module(hidden))
+            for args, kwargs in (((hidden, hidden), {}), ((), {"hidden_state": hidden}), ((), {})):
+                with pytest.raises(TypeError):
+                    module(*args, **kwargs)
+        outs.append(attention(hidden, rotary, None)[0])
         outs += [cache.layers[0].keys for cache in caches[:2]]
         found.append([out[0] if isinstance(out, tuple) else out for out in outs])
     for got, want in zip(found[1], found[0], strict=True):

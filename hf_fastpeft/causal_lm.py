@@ -27,8 +27,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hf_fastpeft.blocks.bundle import Bundle
 from hf_fastpeft.blocks.lm_head import HeadOptions, TokenStats, lm_head_log_probs
 from hf_fastpeft.fast_module import COMPILED, FastModule
-from hf_fastpeft.hooks import hooked
-from hf_fastpeft.layers import CACHE_NAMES, FastAttention, FastDecoderLayer
+from hf_fastpeft.hooks import foreign_code, hooked
+from hf_fastpeft.layers import CACHE_NAMES, FastAttention, FastBackbone, FastDecoderLayer
 from hf_fastpeft.lazy_logits import SecondForward, lazy_logits
 from hf_fastpeft.lazy_output import OutputWithLazyLogits, lazy_output_class, output_class_of
 from hf_fastpeft.lowrank import LowRank, compute_dtype, read
@@ -247,7 +247,8 @@ class FastCausalLM(FastModule):
         targets_BS = _targets(given.pop("labels"), given.get("shift_labels"), given.get("ignore_index", IGNORED))
         mask_BS = targets_BS != given.get("ignore_index", IGNORED)
         backbone, num_items = getattr(self, self.base_model_prefix), given.get("num_items_in_batch")
-        unsure = CALLER if num_items is None else None
+        # other people's code could give a second forward, for logits that are read, another state
+        unsure = CALLER if num_items is None else _foreign_code(backbone)
         rows_NH, places_N, outputs, again = _labelled_rows(self, backbone, (), given, mask_BS, unsure)
         options = self.head_options()
         assert isinstance(options, HeadOptions)
@@ -263,6 +264,12 @@ class FastCausalLM(FastModule):
         return lazy_output_class(stock)(  # type: ignore[arg-type]
             **{**others, "loss": loss, "logits": lazy}
         )
+
+
+def _foreign_code(backbone: nn.Module) -> str | None:
+    if isinstance(backbone, FastBackbone):
+        return backbone.foreign_code()
+    return foreign_code(list(backbone.children()), Watch())
 
 
 def _forwards_on(model: nn.Module) -> Iterator[Any]:

@@ -61,7 +61,7 @@ def foreign_code(children: list[nn.Module], watch: Watch) -> str | None:
         taken = [watch.is_set(module, name) for name in ("forward", *FORWARD_HOOKS)]
         if any(taken):
             if "forward" in module.__dict__:
-                return f"{type(module).__name__} has a forward of its own"
+                return intercepted(module)
             if not all(_of_known_packages(module.__dict__[name]) for name in FORWARD_HOOKS):
                 return f"hooks on {type(module).__name__}"
         if not watch.kind(module).__module__.startswith(KNOWN_PACKAGES):

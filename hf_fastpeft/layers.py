@@ -394,7 +394,7 @@ def _counted_forward(stock: type[nn.Module]) -> Callable[..., Any]:
             return stock.forward(self, *args, **kwargs)
         adapters = self._fastpeft.adapters
         with adapters.forward(self):
-            if self._bundles(FOREIGN):
+            if self.foreign_code():
                 adapters.distrust()
             return stock.forward(self, *args, **kwargs)
 
@@ -404,6 +404,11 @@ def _counted_forward(stock: type[nn.Module]) -> Callable[..., Any]:
 
 class FastBackbone(FastModule):
     """The model without its head: its forward is what the age of the adapters' copies is counted in."""
+
+    def foreign_code(self) -> str | None:
+        """Whose code runs in the midst of a forward and may write to what was read before."""
+        found = self._bundles(FOREIGN)
+        return found if isinstance(found, str) else None
 
     def _read(self, block: str, watch: Watch) -> tuple[Bundle, ...] | str:
         """For :data:`FOREIGN`: whose code may write to adapters in the midst of a forward."""

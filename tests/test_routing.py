@@ -423,12 +423,27 @@ def test_logits_with_random_numbers_are_stocks():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["embed_tokens", "rotary_emb"])
+@pytest.mark.parametrize("where", ["embed_tokens", "rotary_emb", "layers.0.mlp.act_fn"])
 def test_other_peoples_hooks_do_not_run_twice(where):
-    """One that counts would give the second forward other states."""
+    """One that counts would give a second forward other states: there is none."""
+    stock = adapted_llama("lora", torch.float32)
+    fast = patch_model(twin(stock))
+    found = []
+    for model in (stock, fast):
+        calls = []
+        module = causal(model).model.get_submodule(where)
+        module.register_forward_hook(lambda m, args, out, calls=calls: calls.append(1))
+        found.append((model(**padded(RIGHT)).logits, len(calls)))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+    assert routing_of(fast).calls == {}
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "rotary_emb"])
+def test_other_peoples_hooks_that_came_later_do_not_run_at_all(where):
     model = patch_model(adapted_llama("lora", torch.float32))
-    getattr(causal(model).model, where).register_forward_hook(lambda m, args, out: None)
     out = model(**padded(RIGHT))
+    getattr(causal(model).model, where).register_forward_hook(lambda m, args, out: None)
     with pytest.raises(RuntimeError, match=r"hooks on Llama|hooks on Embedding"):
         _ = out.logits
 

@@ -89,7 +89,7 @@ def _divisor(ranknum: torch.Tensor) -> float | str:
     if known is not None and known[:2] == (version, ranknum.dtype) and waits(ranknum):
         return known[2]  # type: ignore[no-any-return]  # a float, set below
     value = float((ranknum.detach() + _EPSILON).item())
-    if version is not None:
+    if version is not None and waits(ranknum):
         _DIVISORS[ranknum] = (version, ranknum.dtype, value)
     return value
 

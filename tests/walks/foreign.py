@@ -1,6 +1,7 @@
 """Changes of state by other code: hooks, replaced modules, tied and resized embeddings, other attention functions."""
 
 import copy
+import gc
 import re
 from random import Random
 from typing import Any
@@ -280,6 +281,7 @@ def weight_by_other_code(twins: Twins, rng: Random) -> str | None:
 @step
 def resize_embeddings(twins: Twins, rng: Random) -> str | None:
     size = rng.randint(LOWEST_VOCAB, 140)
+    gc.collect()  # a graph in some cycle would still expect gradients of the old size
     twins.both(lambda model: type(base_of(model).resize_token_embeddings(size)).__name__, what="resize")
     return str(size)
 

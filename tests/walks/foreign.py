@@ -1,6 +1,7 @@
 """Changes of state by other code: hooks, replaced modules, tied and resized embeddings, other attention functions."""
 
 import copy
+import gc
 import re
 from random import Random
 from typing import Any
@@ -23,7 +24,15 @@ LAYERS = 2
 OUTSIDE = {"embed_tokens": (-1, 0), "rotary_emb": (-1, 0), "lm_head": (LAYERS, 0), ".norm": (LAYERS, 0)}
 # of a layer's modules, in which order a forward comes to them; the first whose name is in a path counts
 ORDER = {"input_layernorm": 0, "o_proj": 2, "self_attn": 1, "post_attention": 3, "pre_feedforward": 4}
-ORDER |= {"act_fn": 6, "activation_fn": 6, "down_proj": 7, "post_feedforward": 8, "mlp": 5}
+ORDER |= {
+    "resid_attn_dropout": 2,
+    "resid_mlp_dropout": 8,
+    "act_fn": 6,
+    "activation_fn": 6,
+    "down_proj": 7,
+    "post_feedforward": 8,
+    "mlp": 5,
+}
 
 
 def _in_place(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -272,6 +281,7 @@ def weight_by_other_code(twins: Twins, rng: Random) -> str | None:
 @step
 def resize_embeddings(twins: Twins, rng: Random) -> str | None:
     size = rng.randint(LOWEST_VOCAB, 140)
+    gc.collect()  # a graph in some cycle would still expect gradients of the old size
     twins.both(lambda model: type(base_of(model).resize_token_embeddings(size)).__name__, what="resize")
     return str(size)
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hf_fastpeft.blocks.adapters import SideCache
 from hf_fastpeft.blocks.bundle import Bundle
+from hf_fastpeft.hooks import foreign_code
 from hf_fastpeft.ops._backend import Impl
 from hf_fastpeft.routing import Routing
 from hf_fastpeft.watch import Glance, Watch
@@ -203,6 +204,8 @@ class FastModule(nn.Module):
         names = [name for group in getattr(self, "linears", {}).values() for name in group]
         layers = [getattr(self, name, None) for name in names]
         found = [m for m in layers if isinstance(m, BaseTunerLayer) and m.disable_adapters and m.merged]
+        if found and foreign_code([m for m in layers if isinstance(m, nn.Module)], Watch()):
+            return False  # it may see the weights before PEFT's turn
         for layer in found:
             layer.unmerge()
         return bool(found)

@@ -282,7 +282,8 @@ class FastAttention(FastModule):
         outs = [getattr(self, name)(x) for name in self.linears["attention_in"]]
         if len(outs) == 1:
             (Q, K), D = self._heads(), self.head_dim
-            outs = list(outs[0].split((Q * D, K * D, K * D), dim=-1))
+            ends = Q * D, (Q + K) * D  # slices, as stock's: the results of split() may not be written to
+            outs = [outs[0][..., : ends[0]], outs[0][..., ends[0] : ends[1]], outs[0][..., ends[1] :]]
         q, k, v = (out.view(*x.shape[:-1], -1, self.head_dim) for out in outs)
         if self.qk_norms is not None:
             q, k = (getattr(self, name)(t) for name, t in zip(self.qk_norms, (q, k), strict=True))
@@ -494,4 +495,4 @@ class FastDecoderLayer(FastModule):
 
     def _acting(self, names: tuple[str, ...]) -> list[nn.Module]:
         modules = [getattr(self, name) for name in names]
-        return [m for m in modules if not (type(m) is nn.Dropout and (m.p == 0 or not m.training))]
+        return [m for m in modules if intercepted(m) or not (type(m) is nn.Dropout and (m.p == 0 or not m.training))]

@@ -22,7 +22,7 @@ from hf_fastpeft.report import describe, report_text
 from hf_fastpeft.routing import Routing
 from hf_fastpeft.stacking import Placement, unstack_weights, weights_of
 
-__all__ = ["Patched", "patch_model", "patched", "restore", "stock_forwards"]
+__all__ = ["Patched", "patch_model", "patched", "refuse_others", "restore", "stock_forwards"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -65,24 +65,26 @@ def patch_model(
         AlreadyPatchedError: the model carries our classes already.
         NothingToPatchError: no module to fuse, a name in ``only`` that the family does not have, or a wrapped model.
         RuntimeError: ``impl="triton"`` where Triton cannot run.
+        TypeError: not a model.
         ValueError: unknown ``impl``.
     """
+    refuse_others("patch_model", model)
     if impl not in IMPLS:
         raise ValueError(f"patch_model: impl={impl!r}; possible: {', '.join(map(repr, IMPLS))}")
     _refuse_wrapped(model)
-    family = load_family(model)
-    swaps = family.swaps
-    if only is not None:
-        only = {only} if isinstance(only, str) else only
-        known = {stock.__name__ for stock in swaps}
-        if unknown := set(only) - known:
-            raise NothingToPatchError(f"patch_model: only={sorted(unknown)}; possible: {sorted(known)}")
-        swaps = {stock: fast for stock, fast in swaps.items() if stock.__name__ in only}
     already = sum(isinstance(module, FastModule) for module in model.modules())
     if already:
         raise AlreadyPatchedError(
             f"patch_model: {already} modules of this model are patched already; hf_fastpeft.restore(model) undoes it"
         )
+    family = load_family(model)
+    swaps = family.swaps
+    if only is not None:
+        only = {only} if isinstance(only, str) else only
+        known = {stock.__name__ for stock in swaps}
+        if (unknown := set(only) - known) or not only:
+            raise NothingToPatchError(f"patch_model: only={sorted(unknown)}; possible: {sorted(known)}")
+        swaps = {stock: fast for stock, fast in swaps.items() if stock.__name__ in only}
     matched = [(path, module) for path, module in model.named_modules() if type(module) in swaps]
     if not any(hasattr(swaps[type(module)], "linears") for _, module in matched) and only is None:
         raise NothingToPatchError(
@@ -131,6 +133,15 @@ def _stacks_of(module: nn.Module, fast: type[FastModule] | None = None) -> list[
     """The weights that a fast module, or one that would be of class ``fast``, multiplies with together."""
     linears = getattr(fast or module, "linears", {})
     return [weights for names in linears.values() if (weights := weights_of(module, names)) is not None]
+
+
+def refuse_others(asked: str, model: Any) -> None:
+    """Names, classes, configurations and trainers stand for models in other calls."""
+    if isinstance(model, nn.Module):
+        return
+    found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    hint = "; pass trainer.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+    raise TypeError(f"{asked}: found {found}; a loaded model is needed (a transformers model or a PeftModel){hint}")
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -240,7 +251,9 @@ def patched(model: nn.Module) -> Patched:
 
     Raises:
         NotPatchedError: no module of the model is patched.
+        TypeError: not a model.
     """
+    refuse_others("patched", model)
     if not any(isinstance(module, FastModule) for module in model.modules()):
         raise _not_patched("patched", model)
     return Patched(model)
@@ -263,7 +276,9 @@ def restore(model: ModelT) -> ModelT:
     Raises:
         RuntimeError: somebody derived a class from ours since (``fully_shard``, a parametrization), or a forward of
             the model is running (a hook called this); nothing is changed then.
+        TypeError: not a model.
     """
+    refuse_others("restore", model)
     fast = [(path, module) for path, module in model.named_modules() if isinstance(module, FastModule)]
     _refuse_derived(fast)
     if any(module._fastpeft.adapters.is_inside for _, module in fast):

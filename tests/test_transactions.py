@@ -9,7 +9,7 @@ from tiny import tiny_llama
 
 import hf_fastpeft
 from hf_fastpeft import patch_model, patched, patching, restore, stacking
-from hf_fastpeft.errors import AlreadyPatchedError, NotPatchedError
+from hf_fastpeft.errors import AlreadyPatchedError, NothingToPatchError, NotPatchedError
 from hf_fastpeft.fast_module import FastModule
 
 BATCH = token_batch()
@@ -226,3 +226,26 @@ def test_aliases_taken_while_patched_go_on_after_restore(alias):
     with torch.no_grad():
         first.weight.fill_(3.0)
     assert (held == 3).all()
+
+
+@pytest.mark.parametrize("call", [patch_model, patched, restore, lambda m: hf_fastpeft.verify(m, BATCH)])
+def test_what_is_no_model_is_named(call):
+    trainer = type("Trainer", (), {"model": tiny_llama()})()
+    cases = {
+        "found a str": "org/name",
+        "found a NoneType": None,
+        "found the class LlamaForCausalLM": type(trainer.model),
+        "found a LlamaConfig": trainer.model.config,
+        "found a Trainer; .*pass trainer.model": trainer,
+    }
+    for message, given in cases.items():
+        with pytest.raises(TypeError, match=message):
+            call(given)
+
+
+def test_a_patched_model_and_no_class_are_named_before_anything_else():
+    model = patch_model(tiny_llama())
+    with pytest.raises(AlreadyPatchedError):
+        patch_model(model, only=["mlp"])
+    with pytest.raises(NothingToPatchError, match=r"only=\[\]; possible: \["):
+        patch_model(tiny_llama(), only=[])

@@ -8,7 +8,7 @@ import torch
 from adapters import adapted_llama, token_batch
 from tiny import tiny_llama
 
-from hf_fastpeft import patch_model, patched, verify
+from hf_fastpeft import patch_model, patched, verification, verify
 from hf_fastpeft.blocks import projection
 from hf_fastpeft.fast_module import FastModule
 from hf_fastpeft.lowrank import TENSORS_PER_LINEAR
@@ -60,6 +60,26 @@ def test_finds_planted_mistakes(mistake, dtype, monkeypatch):
     assert not result.passed
     assert "FAIL" in str(result)
     assert "verify FAILED" in str(result)
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_float32_beyond_the_direct_bound_is_held_against_float64(planted, monkeypatch):
+    """Two right float32 runs may differ by more than each is wrong; here by stock's log-softmax over large logits."""
+    model = adapted_llama("lora", torch.float32)
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.mul_(300)
+    if planted:
+        stock = projection._add_product
+        monkeypatch.setattr(projection, "_add_product", lambda out, a, b, scale=1.0: stock(out, a, b, 1.001 * scale))
+    monkeypatch.setitem(verification.DIRECT_TOLERANCE, torch.float32, 1e-6)
+    result = verify(model, BATCH)
+    assert "both against float64" in result.reference
+    assert result.passed != planted, str(result)
+
+
+def test_what_is_no_batch_is_named():
+    with pytest.raises(TypeError, match="batch is a Tensor; a mapping is needed, with input_ids and labels"):
+        verify(adapted_llama("lora"), BATCH["input_ids"])
 
 
 def test_nothing_fused_is_no_pass():

@@ -1,23 +1,31 @@
 """A CausalLM's output whose logits are computed when somebody reads them.
 
-Whoever reads a value gets a tensor, by attribute, key, position, iteration or unpacking. Two callers that only hand
-the output on are told apart by their code and get the recipe instead: accelerate, which rebuilds the mapping to
-convert half precision to float32, and DistributedDataParallel, which looks for tensors that a backward starts from.
+Whoever reads a value gets a tensor, by attribute, key, position, iteration or unpacking. Callers that only hand the
+output on are told apart by their code and get the recipe instead: accelerate, which rebuilds the mapping to convert
+half precision to float32, and torch's DDP and FSDP, which look for tensors that a backward starts from.
 """
 
 import functools
 import sys
 from collections.abc import Callable, ItemsView, ValuesView
 from dataclasses import dataclass, fields
-from types import new_class
+from types import FrameType, new_class
 from typing import Any, get_args
 
 import accelerate.utils.operations
 import torch
-import torch.nn.parallel.distributed
 from transformers.utils import ModelOutput
 
 __all__ = ["LazyLogits", "OutputWithLazyLogits", "lazy_output_class", "output_class_of"]
+
+
+PASSED = (
+    __name__,
+    "dataclasses",
+    "torch.utils._pytree",
+    "transformers.utils.generic",
+)  # between an output and who reads it
+WRAPPERS = ("torch.distributed.", "torch.nn.parallel.")
 
 
 class LazyLogits:
@@ -41,7 +49,7 @@ class OutputWithLazyLogits(ModelOutput):
     def logits(self) -> torch.Tensor | None:
         """``(batch, seq_len, vocab_size)``, in the dtype that stock's would have."""
         value = self.__dict__.get("logits")
-        if isinstance(value, LazyLogits):
+        if isinstance(value, LazyLogits) and not _is_handed_on():
             value = self.logits = value.compute()
         return value
 
@@ -65,14 +73,12 @@ class OutputWithLazyLogits(ModelOutput):
 
     def items(self) -> ItemsView[str, Any]:
         """As a dictionary's."""
-        if not _is_handed_on():
-            _ = self.logits
+        _ = self.logits
         return super().items()  # type: ignore[no-any-return]
 
     def values(self) -> ValuesView[Any]:
         """As a dictionary's."""
-        if not _is_handed_on():
-            _ = self.logits
+        _ = self.logits
         return super().values()  # type: ignore[no-any-return]
 
     def __reduce__(self) -> Any:
@@ -86,11 +92,13 @@ def _rebuild(stock: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
 
 
 def _is_handed_on() -> bool:
-    """Whether the caller of the mapping's method reads no value."""
-    frame = sys._getframe(2)
-    if frame.f_code is accelerate.utils.operations.recursively_apply.__code__:
-        return str(getattr(frame.f_locals.get("func"), "__qualname__", "")).startswith("convert_to_fp32.")
-    return frame.f_code is torch.nn.parallel.distributed._find_tensors.__code__
+    """Whether whoever asks for the logits reads no value of them."""
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller.f_globals.get("__name__") in PASSED:
+        caller = caller.f_back
+    if caller is not None and caller.f_code is accelerate.utils.operations.recursively_apply.__code__:
+        return str(getattr(caller.f_locals.get("func"), "__qualname__", "")).startswith("convert_to_fp32.")
+    return caller is not None and str(caller.f_globals.get("__name__")).startswith(WRAPPERS)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from tiny import VOCAB_SIZE
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
-from hf_fastpeft import patch_model
+from hf_fastpeft import patch_model, patched
 from hf_fastpeft.blocks import adapters as copies
 from hf_fastpeft.stacking import adjacent
 

@@ -46,9 +46,12 @@ def _harmless(hooks: dict[int, Any]) -> bool:
     return all(str(getattr(hook, "__module__", "")).startswith(HARMLESS_HOOKS) for hook in hooks.values())
 
 
-def _of_known_packages(hooks: dict[int, Any]) -> bool:
-    """By where the hook, or its class, is defined: ``enable_input_require_grads`` puts such a one on embeddings."""
-    return all(str(getattr(hook, "__module__", "")).startswith(KNOWN_PACKAGES) for hook in hooks.values())
+def _is_known(code: Any) -> bool:
+    """By the package that defines a hook or a class; ``enable_input_require_grads`` puts such a hook on embeddings.
+
+    A checkpoint's own code is in ``transformers_modules``, another package.
+    """
+    return str(getattr(code, "__module__", "")).partition(".")[0] in KNOWN_PACKAGES
 
 
 def foreign_code(children: list[nn.Module], watch: Watch) -> str | None:
@@ -62,9 +65,9 @@ def foreign_code(children: list[nn.Module], watch: Watch) -> str | None:
         if any(taken):
             if "forward" in module.__dict__:
                 return intercepted(module)
-            if not all(_of_known_packages(module.__dict__[name]) for name in FORWARD_HOOKS):
+            if not all(_is_known(hook) for name in FORWARD_HOOKS for hook in module.__dict__[name].values()):
                 return f"hooks on {type(module).__name__}"
-        if not watch.kind(module).__module__.startswith(KNOWN_PACKAGES):
+        if not _is_known(watch.kind(module)):
             return f"{type(module).__name__} of {type(module).__module__}"
         pending += watch.children(module)
     return None

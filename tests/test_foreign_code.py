@@ -78,6 +78,27 @@ class Meddler(nn.Module):
         return nn.functional.silu(x)
 
 
+@pytest.mark.parametrize("package", ["transformers_modules.org.model", "torchlike.nn", "peft_extras"])
+@pytest.mark.parametrize("what", ["module", "hook"])
+def test_packages_are_known_by_their_whole_name(what, package, monkeypatch):
+    """A checkpoint's own code is in ``transformers_modules``."""
+    stock = adapted_llama("lora", num_hidden_layers=3)
+    fast = twin(stock)
+    for model in (stock, fast):
+        layers = layers_of(model)
+        if what == "module":
+            monkeypatch.setattr(Meddler, "__module__", package)
+            layers[0].mlp.act_fn = Meddler(layers[1])
+        else:
+
+            def write(module, args, written=layers[1]):
+                scale_adapters(written)
+
+            write.__module__ = package
+            layers[0].mlp.down_proj.register_forward_pre_hook(write)
+    assert_steps_agree(stock, patch_model(fast))
+
+
 @pytest.mark.parametrize("how", ["module", "forward", "attention function"])
 def test_other_peoples_code_in_a_layer_may_write_adapters(how):
     stock = adapted_llama("lora", num_hidden_layers=3)

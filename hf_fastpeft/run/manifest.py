@@ -7,7 +7,6 @@ that was killed can be overwritten, too. Symbolic links are never followed: what
 import contextlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -147,15 +146,6 @@ class Manifest:
                 self.unfinished -= {name, _partial(Path(name)).as_posix()}
         self.folders |= {str(parent) for file in self.files for parent in PurePosixPath(file).parents if parent.parts}
         self.save()
-
-    @contextlib.contextmanager
-    def writing(self, *names: str) -> Iterator[None]:
-        """`begin` and `finish` around a block that writes these files and folders."""
-        self.begin(*names)
-        try:
-            yield
-        finally:
-            self.finish(*names)
 
     def _stamps(self, name: str) -> dict[str, _Stamp]:
         """Identity of a file, or of all files below a folder; of "", of what is saved in the run's folder itself."""

@@ -312,10 +312,11 @@ def test_what_was_being_written_when_a_run_was_killed_is_the_runs(base, tmp_path
 def test_a_file_that_was_there_before_is_listed_only_if_it_was_replaced(tmp_path):
     manifest = Manifest(tmp_path)
     write(tmp_path, "lora/a.txt", "lora/b.txt", "README.md")
-    with manifest.writing("lora", "README.md"):
-        assert manifest.unfinished == {"lora"}
-        (tmp_path / "lora" / "b.txt").write_text("ours")
-        write(tmp_path, "lora/c.txt")
+    manifest.begin("lora", "README.md")
+    assert manifest.unfinished == {"lora"}
+    (tmp_path / "lora" / "b.txt").write_text("ours")
+    write(tmp_path, "lora/c.txt")
+    manifest.finish("lora", "README.md")
     assert manifest.files == {"lora/b.txt", "lora/c.txt"}
     assert manifest.folders == {"lora"}
     assert Manifest.read(tmp_path).files == manifest.files
